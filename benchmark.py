@@ -1,0 +1,392 @@
+"""Checks the fused SwiGLU kernel, times it against PyTorch over a range of row counts, saves a CSV and a plot.
+
+    python benchmark.py
+
+On a machine without a GPU the kernel is checked through Triton's interpreter, and nothing is timed.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from baseline_torch_swiglu import torch_swiglu
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when the kernel is defined: import that later
+
+MODELS = {  # K (hidden size), N (intermediate size)
+    "llama-3-8b": (4096, 14336),
+    "llama-3-70b": (8192, 28672),
+    "mixtral-8x7b": (4096, 14336),
+    "qwen2.5-7b": (3584, 18944),
+    "tinyllama-1.1b": (2048, 5632),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LAYOUTS = ("linear", "row-major")
+PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "packed matmul only")
+COLUMNS = ["gpu", "torch", "triton", "dtype", "layout", "M", "K", "N", "provider"]
+COLUMNS += ["ms", "ms_p20", "ms_p80", "tflops", "gbps", "speedup", "fraction_of_floor", "rel_error"]
+RECORDED_PLOT = "results/h100_bfloat16_linear.png"
+
+# The fused result is rounded once, to half a unit in the last place; twice that is allowed, plus what float32 sums
+# lose where the result is near zero. Eager PyTorch in bfloat16 or float16, which rounds five times, does not pass.
+TOLERANCES = {
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-4},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-4},
+    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+}
+INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
+ROUNDS = 5
+
+
+# ---- Data and checks ----
+
+
+def make_inputs(M, K, N, dtype, layout, device):
+    """x (M, K) and two weights (K, N), scaled so that x @ w and the result are of order one."""
+    generator = torch.Generator(device).manual_seed(M + K + N)
+    x, w_gate, w_up = (
+        torch.randn(rows, K, generator=generator, device=device, dtype=torch.float32) for rows in (M, N, N)
+    )
+    weights = [(w * K**-0.5).to(dtype).t() for w in (w_gate, w_up)]
+    if layout == "row-major":
+        weights = [w.contiguous() for w in weights]
+    return x.to(dtype), *weights
+
+
+def reference(x, w_gate, w_up):
+    """The result in float64, or in float32 where float64 does not fit into the GPU's memory."""
+    dtype = torch.float64
+    if x.is_cuda:
+        elements = x.numel() + 2 * w_gate.numel() + 5 * x.shape[0] * w_gate.shape[1]
+        if 8 * elements > torch.cuda.mem_get_info(x.device)[0]:
+            dtype = torch.float32
+    return torch_swiglu(*(t.to(dtype) for t in (x, w_gate, w_up)))
+
+
+def relative_error(result, expected):
+    """Norm of the difference over the norm of `expected`, a float64 tensor or the next best; NaN if one is there."""
+    return ((result.to(expected.dtype) - expected).norm() / expected.norm()).item()
+
+
+@contextlib.contextmanager
+def nan_in_new_memory():
+    """torch.empty returns NaN, so that an element which nobody writes shows up."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(run, expected):
+    """Whether `run()` is right, and its relative error."""
+    run()  # tuning runs every configuration over one output: only the call after it shows what is unwritten
+    with nan_in_new_memory():
+        result = run()
+    correct = torch.allclose(result.to(expected.dtype), expected, **TOLERANCES[result.dtype])
+    return correct, relative_error(result, expected)
+
+
+# ---- Contenders and ceilings ----
+
+
+def make_contenders(names, x, w_gate, w_up, layout):
+    """name -> function without arguments, for one shape."""
+    from fused_triton_swiglu import fused_swiglu
+
+    w_packed = torch.cat([w_gate.t(), w_up.t()]).t() if layout == "linear" else torch.cat([w_gate, w_up], dim=1)
+
+    def packed_swiglu(x, w_packed):
+        gate, up = (x @ w_packed).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    torch.compiler.reset()  # each shape is compiled for itself: PyTorch gives up after eight on one function
+    compiled = torch.compile(torch_swiglu, dynamic=False)
+    packed_compiled = torch.compile(packed_swiglu, dynamic=False)
+    contenders = {
+        "torch": lambda: torch_swiglu(x, w_gate, w_up),
+        "torch.compile": lambda: compiled(x, w_gate, w_up),
+        "packed torch.compile": lambda: packed_compiled(x, w_packed),
+        "fused": lambda: fused_swiglu(x, w_gate, w_up),
+        "packed matmul only": lambda: x @ w_packed,
+    }
+    return {name: contenders[name] for name in names}
+
+
+def measure_ceilings(dtype):
+    """(bytes per ms of a device-to-device copy, read and written; FLOPs per ms of a large matmul) on this card."""
+    from triton.testing import do_bench
+
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / do_bench(lambda: target.copy_(source), return_mode="median")
+    size = 8192 if dtype.itemsize == 2 else 4096
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    rate = 2 * size**3 / do_bench(lambda: a @ b, return_mode="median")
+    return bandwidth, rate
+
+
+# ---- Runs ----
+
+
+def environment(gpu):
+    import triton
+
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def measure(M, K, N, args, ceilings, progress):
+    """Rows of the table for one M, or None if the fused kernel is wrong there."""
+    from triton.testing import do_bench
+
+    dtype = DTYPES[args.dtype]
+    inputs = make_inputs(M, K, N, dtype, args.layout, "cuda")
+    contenders = make_contenders(args.providers, *inputs, args.layout)
+    expected = reference(*inputs)
+
+    errors = {name: relative_error(run(), expected) for name, run in contenders.items() if name != "packed matmul only"}
+    if "fused" in contenders:
+        correct, errors["fused"] = check(contenders["fused"], expected)
+        verdict = "" if correct else f"WRONG, beyond {TOLERANCES[dtype]}: "
+        line = (
+            f"{verdict}error against {expected.dtype}: fused {errors['fused']:.1e}, eager PyTorch {errors['torch']:.1e}"
+        )
+        progress.write(f"M = {M:5}  {line}")
+        if not correct:
+            return None
+    del expected
+
+    times = {name: [] for name in contenders}
+    for _ in range(ROUNDS):  # in turn, so that a drifting clock hits all of them alike
+        for name, run in contenders.items():
+            progress.set_description(f"M = {M}, {name}")
+            times[name] += do_bench(run, warmup=10, rep=60, return_mode="all")
+            progress.update()
+
+    bandwidth, rate = ceilings
+    flops = 4 * M * N * K
+    least_bytes = inputs[0].element_size() * (M * K + 2 * K * N + M * N)
+    floor = max(least_bytes / bandwidth, flops / rate)
+    rows = []
+    for name in contenders:
+        p20, ms, p80 = pd.Series(times[name]).quantile([0.2, 0.5, 0.8])
+        rows.append(
+            {
+                "provider": name,
+                "ms": ms,
+                "ms_p20": p20,
+                "ms_p80": p80,
+                "tflops": flops / ms * 1e-9,
+                "gbps": least_bytes / ms * 1e-6,
+                "speedup": pd.Series(times["torch"]).median() / ms,
+                "fraction_of_floor": floor / ms,
+                "rel_error": errors.get(name),
+            }
+        )
+    return [{"dtype": args.dtype, "layout": args.layout, "M": M, "K": K, "N": N} | row for row in rows]
+
+
+def run_on_gpu(args):
+    K, N = args.k, args.n
+    properties = environment(torch.cuda.get_device_name())
+    print(f"{properties['gpu']}, PyTorch {properties['torch']}, Triton {properties['triton']}")
+    print(f"{args.dtype}, K = {K}, N = {N}, {args.layout} weights")
+    ceilings = measure_ceilings(DTYPES[args.dtype])
+    bandwidth, rate = ceilings
+    print(f"ceilings: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s\n")
+
+    path = args.output_dir / "swiglu_benchmark.csv"
+    rows, status = [], 0
+    with tqdm(total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True) as progress:
+        try:
+            for M in args.m:
+                measured = measure(M, K, N, args, ceilings, progress)
+                if measured is None:
+                    status = 1
+                    break
+                rows += [properties | row for row in measured]
+                pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False, float_format="%.6g")
+        except KeyboardInterrupt:
+            progress.write("\ninterrupted: what was measured is kept")
+            status = 130
+    if rows:
+        table = pd.read_csv(path)
+        print_table(table)
+        plot(table, path.with_suffix(".png"))
+        print(f"\n{path}\n{path.with_suffix('.png')}")
+    return status
+
+
+def run_interpreted(args):
+    from fused_triton_swiglu import fused_swiglu
+
+    print("No GPU found: checking the kernel through Triton's interpreter, in all dtypes and layouts.")
+    print("The shapes are small and fixed there: --m, --k, --n, --model, --dtype and --layout say nothing.\n")
+    properties = environment("none (Triton interpreter)")
+    rows, status = [], 0
+    cases = [(*shape, d, lay) for d in DTYPES for lay in LAYOUTS for shape in INTERPRETED_SHAPES]
+    for M, K, N, dtype, layout in tqdm(cases, unit="case", leave=False, dynamic_ncols=True):
+        inputs = make_inputs(M, K, N, DTYPES[dtype], layout, "cpu")
+        expected = reference(*inputs)
+        correct, error = check(functools.partial(fused_swiglu, *inputs), expected)
+        eager_error = relative_error(torch_swiglu(*inputs), expected)
+        status |= not correct
+        shape = {"dtype": dtype, "layout": layout, "M": M, "K": K, "N": N}
+        for provider, e in (("torch", eager_error), ("fused", error)):
+            rows.append(properties | shape | {"provider": provider, "rel_error": e})
+        verdict = "" if correct else f"   WRONG, beyond {TOLERANCES[DTYPES[dtype]]}"
+        errors = f"error: fused {error:.1e}, eager PyTorch {eager_error:.1e}"
+        tqdm.write(f"{dtype:9} {layout:10} M = {M:3}  K = {K:3}  N = {N:3}  {errors}{verdict}")
+    path = args.output_dir / "swiglu_benchmark.csv"
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False, float_format="%.6g")
+    print(f"\n{path}")
+    print(f"Speed was not measured: that needs a GPU. The plot of a recorded run on an H100 is {RECORDED_PLOT}")
+    return int(status)
+
+
+# ---- Output ----
+
+
+def print_table(table):
+    """Median microseconds by M and provider, then the fused kernel's place."""
+    microseconds = table.pivot(index="M", columns="provider", values="ms") * 1e3
+    wide = microseconds[[name for name in PROVIDERS if name in microseconds]]
+    if "fused" in wide:
+        fused = table[table.provider == "fused"].set_index("M")
+        wide = wide.assign(**{"fused: speed-up": fused.speedup, "of the floor": fused.fraction_of_floor})
+    formats = dict.fromkeys(microseconds, "{:.1f}".format) | {
+        "fused: speed-up": "{:.2f}x".format,
+        "of the floor": "{:.0%}".format,
+    }
+    print("\nmicroseconds, median\n")
+    print(wide.to_string(formatters={name: formats[name] for name in wide}, index_names=True))
+
+
+def plot(table, path):
+    """Speed-up over eager PyTorch and share of the floor over M, for one shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+    colors = {
+        "fused": "#d62728",
+        "torch": "#1f77b4",
+        "torch.compile": "#17a2b8",
+        "packed torch.compile": "#2ca02c",
+        "packed matmul only": "#9a9a9a",
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
+    panels = (("speedup", "speed-up over eager PyTorch"), ("fraction_of_floor", "share of the card's limit reached"))
+    for axis, (column, title) in zip(axes, panels, strict=True):
+        ends = {}
+        for name in (name for name in PROVIDERS if name in set(table.provider)):
+            rows = table[table.provider == name].sort_values("M")
+            style = {"color": colors[name], "linewidth": 2.8 if name == "fused" else 1.6}
+            if name == "packed matmul only":  # no contender: it leaves silu and the product out
+                style["linestyle"] = ":"
+            axis.plot(rows.M, rows[column], marker="o", markersize=4, **style)
+            low, high = rows[column] * rows.ms / rows.ms_p80, rows[column] * rows.ms / rows.ms_p20
+            axis.fill_between(rows.M, low, high, color=colors[name], alpha=0.15, linewidth=0)
+            ends[name] = rows[column].iloc[-1]
+        label_ends(axis, ends, colors, table.M.max())
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(table.M.unique()), [str(M) for M in sorted(table.M.unique())], rotation=45)
+        axis.minorticks_off()
+        axis.set_xlabel("M (rows of x: tokens)")
+        axis.set_title(f"{title}, higher is better")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}x"))
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[1].axhline(1, color="grey", linestyle="--", linewidth=1.2)
+    axes[1].annotate("floor: measured bandwidth or matmul rate", (table.M.min(), 1), (0, 4), textcoords="offset points",
+                     color="grey", fontsize=9)  # fmt: skip
+    first = table.iloc[0]
+    figure.suptitle(
+        f"SwiGLU forward, {first.gpu}, {first.dtype}, K = {first.K}, N = {first.N}, {first.layout} weights "
+        f"(torch {first.torch}, triton {first.triton})",
+        fontsize=12,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def label_ends(axis, ends, colors, x):
+    """Write each line's name at its right end, pushed apart where they would overlap."""
+    low, high = axis.get_ylim()
+    gap = 0.05 * (high - low)
+    y = -float("inf")
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        y = max(end, y + gap)
+        weight = "bold" if name == "fused" else "normal"
+        axis.annotate(name, (x, y), (8, 0), textcoords="offset points", va="center", color=colors[name],
+                      weight=weight, annotation_clip=False)  # fmt: skip
+
+
+# ---- Command line ----
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_m = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+    parser.add_argument("--m", type=positive_int, nargs="+", default=default_m, metavar="M", help="rows of x to time")
+    parser.add_argument("--k", type=positive_int, metavar="K", help="input features (4096)")
+    parser.add_argument("--n", type=positive_int, metavar="N", help="hidden features (14336)")
+    models = ", ".join(f"{name} {shape}" for name, shape in MODELS.items())
+    parser.add_argument("--model", choices=MODELS, metavar="NAME", help=f"K and N of a model: {models}")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    layout_help = "linear: (N, K) in memory, as nn.Linear keeps them; row-major: (K, N)"
+    parser.add_argument("--layout", choices=LAYOUTS, default="linear", help=layout_help)
+    provider_help = f"contenders, from: {', '.join(map(repr, PROVIDERS))}; torch is always there"
+    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS, metavar="P", help=provider_help)
+    parser.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
+    parser.add_argument("--plot", type=Path, metavar="CSV", help="only draw a CSV of an earlier run again")
+    args = parser.parse_args(argv)
+    if args.model and (args.k or args.n):
+        parser.error("--model gives K and N: leave --k and --n out, or --model")
+    K, N = MODELS[args.model or "llama-3-8b"]
+    args.k, args.n = args.k or K, args.n or N
+    args.m = sorted(set(args.m))
+    args.providers = [name for name in PROVIDERS if name == "torch" or name in args.providers]
+    if args.plot and not args.plot.is_file():
+        parser.error(f"--plot {args.plot}: no such file")
+    if args.plot:
+        args.table = pd.read_csv(args.plot)
+        if missing := set(COLUMNS) - set(args.table):
+            parser.error(f"--plot {args.plot}: no column {', '.join(sorted(missing))}")
+        if args.table.ms.isna().any():
+            parser.error(f"--plot {args.plot}: holds no times, it comes from a machine without a GPU")
+    return args
+
+
+def main():
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.plot:
+        path = args.output_dir / args.plot.with_suffix(".png").name
+        plot(args.table, path)
+        print(path)
+        return 0
+    return run_on_gpu(args) if torch.cuda.is_available() else run_interpreted(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
