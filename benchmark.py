@@ -297,7 +297,7 @@ def plot(table, path):
                 style["linestyle"] = ":"
             axis.plot(rows.M, rows[column], marker="o", markersize=4, **style)
             low, high = rows[column] * rows.ms / rows.ms_p80, rows[column] * rows.ms / rows.ms_p20
-            axis.fill_between(rows.M, low, high, color=colors[name], alpha=0.15, linewidth=0)
+            axis.fill_between(rows.M, low, high, color=colors[name], alpha=0.1, linewidth=0)
             ends[name] = rows[column].iloc[-1]
         label_ends(axis, ends, colors, table.M.max())
         axis.set_xscale("log", base=2)
@@ -308,13 +308,13 @@ def plot(table, path):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}x"))
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[1].axhline(1, color="grey", linestyle="--", linewidth=1.2)
     axes[1].annotate("floor: measured bandwidth or matmul rate", (table.M.min(), 1), (0, 4), textcoords="offset points",
                      color="grey", fontsize=9)  # fmt: skip
     first = table.iloc[0]
     figure.suptitle(
-        f"SwiGLU forward, {first.gpu}, {first.dtype}, K = {first.K}, N = {first.N}, {first.layout} weights "
+        f"SwiGLU forward, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, {first.layout} weights "
         f"(torch {first.torch}, triton {first.triton})",
         fontsize=12,
     )

@@ -14,8 +14,10 @@ down projection that follows in a model. There is no backward pass yet.
 This file needs torch and triton and nothing else: copy it into your project.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -209,6 +211,8 @@ def swiglu_kernel(
     w_gate_ptr,
     w_up_ptr,
     y_ptr,
+    x_desc,  # (M, K), or None without TMA
+    w_desc,  # (2, N, K): both weights, or None
     # Sizes. Row m of x is row m % M_INNER of block m // M_INNER
     M,
     N,
@@ -229,9 +233,6 @@ def swiglu_kernel(
     # How
     INPUT_PRECISION: tl.constexpr,
     UP_FIRST: tl.constexpr,  # the descriptor's first weight is w_up
-    # From the heuristics
-    x_desc,
-    w_desc,
     EVEN_K: tl.constexpr,
     SAME_STRIDE_K: tl.constexpr,
     # From the configuration
@@ -314,10 +315,9 @@ def swiglu_kernel(
 
 
 def _check(x, w_gate, w_up):
+    """Raise for what fused_swiglu does not take. All that this reads is in _launch_key."""
     tensors = {"x": x, "w_gate": w_gate, "w_up": w_up}
     for name, t in tensors.items():
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
         if t.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"{name} is {t.dtype}: expected torch.bfloat16, torch.float16 or torch.float32")
         if t.dtype != x.dtype:
@@ -363,7 +363,6 @@ TUNERS = {
     )(swiglu_kernel)
     for kind, configs in CONFIGS.items()
 }
-_tuned = {}  # what a tuning result is kept under -> Config, so that later calls go past the autotuner
 
 
 def _in_rows(x):
@@ -389,54 +388,96 @@ def _descriptors_fit(rows, w_gate, w_up, device):
         and rows.stride(2) == w_gate.stride(0) == 1
         and w_gate.stride() == w_up.stride()
         and all(step % 16 == 0 and step > 0 for step in steps)
-        and max(steps[2:]) < 2**40  # what a descriptor holds
+        and max(steps[2:]) < MAX_DISTANCE
     )
 
 
-def _launch(x, w_gate, w_up, y, autotune, config=None):
-    """Fill y, all sizes above 0. `config` None: the tuned one, or the default where nothing can be tuned."""
+class Launcher(NamedTuple):
+    """A compiled kernel with all its arguments but the tensors."""
+
+    run: Callable
+    values: dict  # name -> value
+    arguments: tuple  # the values in the kernel's order
+    tuned: bool
+
+    def __call__(self, x, w_gate, w_up, y):
+        x_desc = w_desc = None
+        if self.values["TMA"]:
+            args = self.values | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up}
+            x_desc, w_desc = _x_descriptor(args), _w_descriptor(args)
+        self.run(x, w_gate, w_up, y, x_desc, w_desc, *self.arguments)
+
+
+# _launch_key -> Launcher. The second call of a kind goes past the checks, the autotuner, the heuristics and the binding
+# of arguments.
+_launchers = {}
+MAX_DISTANCE = 2**40  # bytes: the largest stride that a descriptor holds
+
+
+def _launch_key(x, w_gate, w_up):
+    """All that the checks, the choice of a configuration and Triton's specialization depend on."""
+    for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
+    distance = w_up.data_ptr() - w_gate.data_ptr()
+    return (
+        (x.shape, w_gate.shape, w_up.shape),
+        (x.stride(), w_gate.stride(), w_up.stride()),
+        (x.dtype, w_gate.dtype, w_up.dtype),
+        (x.device, w_gate.device, w_up.device),
+        (x.data_ptr() % 16, w_gate.data_ptr() % 16, w_up.data_ptr() % 16),
+        (0 < distance < MAX_DISTANCE, -MAX_DISTANCE < distance < 0),
+        torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad),
+        x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
+    )
+
+
+def _first_launch(x, w_gate, w_up, y, autotune, config=None):
+    """Fill y, all sizes above 0, and return the Launcher that does it again, or None where there is none.
+
+    `config` None: the tuned one, or the default.
+    """
     rows = _in_rows(x)
     if rows is None:  # three row strides or more: each block of rows by itself
         for x_i, y_i in zip(x, y, strict=True):
-            _launch(x_i, w_gate, w_up, y_i, autotune, config)
-        return
+            _first_launch(x_i, w_gate, w_up, y_i, autotune, config)
+        return None
     (blocks, inner, K), N = rows.shape, w_gate.shape[1]
     M = blocks * inner
     device = device_of(x.device.index)
     kind = "16-bit" if x.element_size() == 2 else "ieee"
-    if (
-        kind == "ieee"
-        and device.backend == "cuda"
-        and not INTERPRETED
-        and torch.get_float32_matmul_precision() != "highest"
-    ):
-        kind = "tf32"
-    if _descriptors_fit(rows, w_gate, w_up, device):
-        layout = "descriptors"
-    else:
-        layout = " ".join("K" if s == 1 else "-" for s in (rows.stride(2), w_gate.stride(0), w_up.stride(0)))
+    if kind == "ieee" and device.backend == "cuda" and not INTERPRETED:
+        kind = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    descriptors = _descriptors_fit(rows, w_gate, w_up, device)
+    contiguous = ("K" if stride == 1 else "-" for stride in (rows.stride(2), w_gate.stride(0), w_up.stride(0)))
+    values = {
+        **{"M": M, "N": N, "K": K, "M_INNER": inner},
+        **dict(zip(("stride_xo", "stride_xi", "stride_xk"), rows.stride(), strict=True)),
+        **dict(zip(("stride_gk", "stride_gn"), w_gate.stride(), strict=True)),
+        **dict(zip(("stride_uk", "stride_un"), w_up.stride(), strict=True)),
+        **{"M_BUCKET": m_bucket(M), "LAYOUT": "descriptors" if descriptors else "".join(contiguous)},
+        **{"DEVICE": device.name, "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"},
+        "UP_FIRST": w_up.data_ptr() < w_gate.data_ptr() if descriptors else False,
+    }
+    # ptxas would rather spill a few registers than lose a resident program.
+    options = {"maxnreg": 255} if device.backend == "cuda" else {}
 
     def grid(meta):
         tiles = triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"])
-        return (min(tiles, device.num_sms) if meta["PERSISTENT"] else tiles,)
+        return (min(tiles, device.num_sms) if meta["PERSISTENT"] else tiles, 1, 1)
 
-    strides = (*rows.stride(), *w_gate.stride(), *w_up.stride())
-    args = (x, w_gate, w_up, y, M, N, K, inner, *strides, m_bucket(M), layout, device.name)
-    kwargs = {
-        "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "UP_FIRST": layout == "descriptors" and w_up.data_ptr() < w_gate.data_ptr(),
-    }
-    if device.backend == "cuda":
-        kwargs["maxnreg"] = 255  # ptxas would rather spill a few registers than lose a resident program
-
-    key = (x.device, x.dtype, kind, m_bucket(M), N, K, layout)
-    config = config or _tuned.get(key)
-    if config is None and autotune and not INTERPRETED and not torch.cuda.is_current_stream_capturing():
-        TUNERS[kind][grid](*args, **kwargs)
-        _tuned[key] = TUNERS[kind].best_config
-        return
-    config = config or usable_configs(kind, M, N, layout == "descriptors", device)[0]
-    swiglu_kernel[grid](*args, **kwargs, **config.all_kwargs())
+    tuned = config is None and autotune and not INTERPRETED and not torch.cuda.is_current_stream_capturing()
+    if tuned:
+        compiled = TUNERS[kind][grid](x, w_gate, w_up, y, **values, **options)
+        config = TUNERS[kind].best_config
+    else:
+        config = config or usable_configs(kind, M, N, descriptors, device)[0]
+        compiled = swiglu_kernel[grid](x, w_gate, w_up, y, **values, **options, **config.all_kwargs())
+    if INTERPRETED:
+        return None
+    values |= config.kwargs
+    names = swiglu_kernel.arg_names[6:]  # after the tensors. What the compiled kernel has as a constant, it ignores
+    return Launcher(compiled[grid(values)], values, tuple(values.get(name) for name in names), tuned)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -467,7 +508,10 @@ def fused_swiglu(x, w_gate, w_up, *, autotune=True):
         ValueError: shapes or devices do not fit each other.
         NotImplementedError: an argument requires grad.
     """
-    _check(x, w_gate, w_up)
+    key = _launch_key(x, w_gate, w_up)
+    launcher = _launchers.get(key)
+    if launcher is None:
+        _check(x, w_gate, w_up)
     y = torch.empty(*x.shape[:-1], w_gate.shape[1], dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -475,9 +519,10 @@ def fused_swiglu(x, w_gate, w_up, *, autotune=True):
         return y.zero_()
     if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter's bf16 products are garbage (Triton 3.6, 3.8)
         return fused_swiglu(x.float(), w_gate.float(), w_up.float()).to(x.dtype)
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            _launch(x, w_gate, w_up, y, autotune)
-    else:
-        _launch(x, w_gate, w_up, y, autotune)
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+        if launcher and (launcher.tuned or not autotune or torch.cuda.is_current_stream_capturing()):
+            launcher(x, w_gate, w_up, y)
+        else:
+            _launchers[key] = _first_launch(x, w_gate, w_up, y, autotune)
     return y
