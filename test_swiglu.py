@@ -273,23 +273,24 @@ EVERY_CONFIG = [(kind, config) for kind, configs in fts.CONFIGS.items() for conf
 def config_id(value):
     if isinstance(value, str):
         return value
-    marks = [name for name in ("TMA", "PERSISTENT", "FLATTEN", "SWAP_AB") if value.kwargs[name]]
+    marks = [name for name in ("PERSISTENT", "FLATTEN", "SWAP_AB") if value.kwargs[name]]
+    marks += [f"TMA-{value.kwargs['TMA']}"] if value.kwargs["TMA"] else []
     tile = "x".join(str(value.kwargs[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     return " ".join([tile, f"{value.num_warps}w", f"{value.num_stages}s", *marks])
 
 
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("tma", ["", "x", "xw"])
 @pytest.mark.parametrize("kind", fts.CONFIGS)
-def test_there_is_always_a_configuration(kind, descriptors):
+def test_there_is_always_a_configuration(kind, tma):
     small = fts.Device("RTX 4090", "cuda", 89, 128, 99 * 1024)
     for device in (*TARGETS.values(), small):
-        if descriptors and (kind != "16-bit" or device.arch not in (90, 100)):
+        if tma and (kind != "16-bit" or device.arch not in (90, 100)):
             continue
         if kind == "tf32" and device.backend == "hip":
             continue
         for M in (1, 17, 33, 65, 129, 257, 5000, 10**6):
             for N in (1, 512, 14336):
-                configs = fts.usable_configs(kind, M, N, descriptors, device)
+                configs = fts.usable_configs(kind, M, N, tma, device)
                 assert configs and len(configs) <= 12, (device, M, N)
 
 
@@ -298,9 +299,9 @@ def test_every_configuration_is_chosen_somewhere():
     for device in TARGETS.values():
         for kind in fts.CONFIGS:
             for M in (1, 32, 64, 128, 256, 4096):
-                for descriptors in (False, True):
-                    chosen += fts.usable_configs(kind, M, 14336, descriptors, device)
-                    chosen += fts.usable_configs(kind, M, 512, descriptors, device)
+                for tma in ("", "x", "xw"):
+                    chosen += fts.usable_configs(kind, M, 14336, tma, device)
+                    chosen += fts.usable_configs(kind, M, 512, tma, device)
     assert all(config in chosen for _, config in EVERY_CONFIG)
 
 
@@ -321,8 +322,8 @@ def force(config):
 @pytest.mark.parametrize("kind, config", EVERY_CONFIG, ids=config_id)
 def test_every_configuration(kind, config, layout):
     """One tile, ragged edges, many waves; several times, as a race in one configuration came and went (FINDINGS)."""
-    if config.kwargs["TMA"] and layout != "linear":
-        pytest.skip("descriptors take nn.Linear weights only")
+    if config.kwargs["TMA"] == "xw" and layout != "linear":
+        pytest.skip("the weights' descriptor takes nn.Linear weights only")
     block_m, block_n, block_k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     sizes = [(block_m, block_k, block_n), (block_m + 1, 2 * block_k + 8, block_n + 8)]
     if GPU:
@@ -365,11 +366,9 @@ def compile_for(target, kind, config, layout, even_k):
     constants |= {"EVEN_K": even_k, "SAME_STRIDE_K": True, "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee"}
     constants |= config.kwargs
     types = {name: f"*{element}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
-    if config.kwargs["TMA"]:
-        types["x_desc"] = f"tensordesc<{element}[{tile_m},{tile_k}]>"
-        types["w_desc"] = f"tensordesc<{element}[2,{tile_n},{tile_k}]>"
-    else:
-        constants |= {"x_desc": None, "w_desc": None}
+    types["x_desc"] = f"tensordesc<{element}[{tile_m},{tile_k}]>"
+    types["w_desc"] = f"tensordesc<{element}[2,{tile_n},{tile_k}]>"
+    constants |= {name: None for name in ("x_desc", "w_desc") if name[0] not in config.kwargs["TMA"]}
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [i for i, name in enumerate(kernel.arg_names) if types[name] == "i32" or types[name][0] == "*"]
     source = triton.compiler.ASTSource(
@@ -406,10 +405,10 @@ def compile_everything(target_name):
     for kind, layout in itertools.product(fts.CONFIGS, LAYOUTS):
         if kind == "tf32" and device.backend == "hip":
             continue
-        descriptors = kind == "16-bit" and layout == "linear" and device.arch in (90, 100)
+        tma = "" if kind != "16-bit" or device.arch not in (90, 100) else "xw" if layout == "linear" else "x"
         configs = []
-        for M, N in itertools.product((1, 32, 64, 128, 256, 4096), (512, 14336)):
-            usable = fts.usable_configs(kind, M, N, descriptors, device)
+        for M, N, operands in itertools.product((1, 32, 64, 128, 256, 4096), (512, 14336), {"", tma}):
+            usable = fts.usable_configs(kind, M, N, operands, device)
             configs += [config for config in usable if config not in configs]
         for config, even_k in itertools.product(configs, (True, False)):
             result = compile_for(target, kind, config, layout, even_k)
