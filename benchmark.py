@@ -303,6 +303,7 @@ def plot(table, path):
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted(table.M.unique()), [str(M) for M in sorted(table.M.unique())], rotation=45)
         axis.minorticks_off()
+        axis.margins(x=0.02)
         axis.set_xlabel("M (rows of x: tokens)")
         axis.set_title(f"{title}, higher is better")
         axis.grid(alpha=0.25)

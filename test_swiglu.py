@@ -56,7 +56,6 @@ def assert_right(x, w_gate, w_up, run=fused_swiglu):
 
 
 def randn(*shape, dtype=torch.float32):
-    """Of order one after a product over the last dimension but one."""
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
@@ -73,20 +72,24 @@ def test_sizes(M, K, N, dtype, layout):
     assert_right(*make_inputs(M, K, N, dtype, layout, DEVICE))
 
 
-def strided(draw, rows, columns, dtype):
+def strided(draw, rows, columns, dtype, scale):
     """A (rows, columns) tensor in one of the layouts that views make."""
+
+    def scaled(*shape):
+        return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
     kind = draw(st.sampled_from(["row-major", "transposed", "padded", "transposed, padded", "steps", "offset"]))
     if kind == "transposed":
-        return randn(columns, rows, dtype=dtype).t()
+        return scaled(columns, rows).t()
     if kind == "padded":
-        return randn(rows, columns + 8, dtype=dtype)[:, :columns]
+        return scaled(rows, columns + 8)[:, :columns]
     if kind == "transposed, padded":
-        return randn(columns, rows + 8, dtype=dtype)[:, :rows].t()
+        return scaled(columns, rows + 8)[:, :rows].t()
     if kind == "steps":
-        return randn(2 * rows, 3 * columns, dtype=dtype)[::2, ::3]
+        return scaled(2 * rows, 3 * columns)[::2, ::3]
     if kind == "offset":
-        return randn(rows * columns + 1, dtype=dtype)[1:].view(rows, columns)
-    return randn(rows, columns, dtype=dtype)
+        return scaled(rows * columns + 1)[1:].view(rows, columns)
+    return scaled(rows, columns)
 
 
 @st.composite
@@ -96,15 +99,14 @@ def any_inputs(draw):
     if draw(st.booleans()):  # aligned, where vector loads and descriptors apply
         K, N = 8 * (K // 8 + 1), 8 * (N // 8 + 1)
     dtype = draw(st.sampled_from(DTYPES))
-    x, w_gate, w_up = (strided(draw, *shape, dtype) for shape in ((M, K), (K, N), (K, N)))
-    return x, w_gate * K**-0.5, w_up  # the product keeps the strides' order, not the padding
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return [strided(draw, *shape, dtype, scale) for shape, scale in (((M, K), 1), ((K, N), K**-0.5), ((K, N), K**-0.5))]
 
 
 @settings(max_examples=100 if GPU else 30, deadline=None, derandomize=True)
 @given(any_inputs())
 def test_any_strides(inputs):
-    x, w_gate, w_up = inputs
-    assert_right(x, w_gate, w_up, lambda *tensors: fused_swiglu(*tensors, autotune=False))
+    assert_right(*inputs, lambda *tensors: fused_swiglu(*tensors, autotune=False))
 
 
 K, N = 72, 136  # multiples of 8, so that descriptors apply where the strides allow them
@@ -546,7 +548,7 @@ def test_a_second_call_launches_the_same_kernel(monkeypatch):
         for gate, up in ((w_gate, w_up), (w_up, w_gate), (w_gate, w_gate), (w_gate, w_up.contiguous())):
             for rows in (x, unaligned, x[:1], x[:, None], x.t().contiguous().t()):
                 assert_right(rows, gate, up)
-    single = [t.float() for t in (x, w_gate, w_up)]
+    single = make_inputs(M, K, N, torch.float32, "linear", DEVICE)
     errors = {}
     previous = torch.get_float32_matmul_precision()
     for precision in ("highest", "high", "highest", "high"):
