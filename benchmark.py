@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pandas as pd
@@ -311,8 +312,9 @@ def plot(table, path):
     axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}x"))
     axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[1].axhline(1, color="grey", linestyle="--", linewidth=1.2)
-    axes[1].annotate("floor: measured bandwidth or matmul rate", (table.M.min(), 1), (0, 4), textcoords="offset points",
-                     color="grey", fontsize=9)  # fmt: skip
+    floor_text = "floor: measured bandwidth or matmul rate"
+    place = {"xytext": (0, 4), "textcoords": "offset points"}
+    axes[1].annotate(floor_text, (table.M.min(), 1), **place, color="grey", fontsize=9)
     first = table.iloc[0]
     figure.suptitle(
         f"SwiGLU forward, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, {first.layout} weights "
@@ -324,15 +326,23 @@ def plot(table, path):
 
 
 def label_ends(axis, ends, colors, x):
-    """Write each line's name at its right end, pushed apart where they would overlap."""
+    """Write each line's name at its right end, pushed apart where names would overlap."""
     low, high = axis.get_ylim()
     gap = 0.05 * (high - low)
-    y = -float("inf")
-    for name, end in sorted(ends.items(), key=lambda item: item[1]):
-        y = max(end, y + gap)
-        weight = "bold" if name == "fused" else "normal"
-        axis.annotate(name, (x, y), (8, 0), textcoords="offset points", va="center", color=colors[name],
-                      weight=weight, annotation_clip=False)  # fmt: skip
+    names = sorted(ends, key=ends.get)
+    pushed_up = list(accumulate((ends[name] for name in names), lambda below, y: max(y, below + gap)))
+    pushed_down = list(accumulate((ends[name] for name in names[::-1]), lambda above, y: min(y, above - gap)))[::-1]
+    for name, up, down in zip(names, pushed_up, pushed_down, strict=True):
+        axis.annotate(
+            name,
+            (x, (up + down) / 2),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=colors[name],
+            weight="bold" if name == "fused" else "normal",
+            annotation_clip=False,
+        )
 
 
 # ---- Command line ----
