@@ -207,7 +207,9 @@ def run_on_gpu(args):
 
     path = args.output_dir / "swiglu_benchmark.csv"
     rows, status = [], 0
-    with tqdm(total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True) as progress:
+    with tqdm(
+        total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None
+    ) as progress:
         try:
             for M in args.m:
                 measured = measure(M, K, N, args, ceilings, progress)
@@ -235,7 +237,7 @@ def run_interpreted(args):
     properties = environment("none (Triton interpreter)")
     rows, status = [], 0
     cases = [(*shape, d, lay) for d in DTYPES for lay in LAYOUTS for shape in INTERPRETED_SHAPES]
-    for M, K, N, dtype, layout in tqdm(cases, unit="case", leave=False, dynamic_ncols=True):
+    for M, K, N, dtype, layout in tqdm(cases, unit="case", leave=False, dynamic_ncols=True, disable=None):
         inputs = make_inputs(M, K, N, DTYPES[dtype], layout, "cpu")
         expected = reference(*inputs)
         correct, error = check(functools.partial(fused_swiglu, *inputs), expected)
