@@ -139,6 +139,16 @@ def test_same_weight_twice_and_unlike_layouts(M):
     assert_right(x, linear.contiguous(), linear)
 
 
+@pytest.mark.parametrize("unaligned", [(0,), (1,), (2,), (1, 2)])
+def test_two_bytes_off(unaligned):
+    """Strides that suit a descriptor and vector loads, addresses that do not."""
+    inputs = [*make_inputs(130, K, N, torch.float16, "linear", DEVICE)]
+    for i in unaligned:
+        storage = torch.empty(inputs[i].numel() + 1, dtype=torch.float16, device=DEVICE)
+        inputs[i] = storage[1:].as_strided(inputs[i].shape, inputs[i].stride()).copy_(inputs[i])
+    assert_right(*inputs)
+
+
 LEADING = {
     "vector": lambda x: x[0, 0, 0],
     "batch of 1": lambda x: x[:1, 0, 0],
