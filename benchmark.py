@@ -365,7 +365,9 @@ def parse_args(argv=None):
     parser.add_argument("--n", type=positive_int, metavar="N", help="hidden features (14336)")
     models = ", ".join(f"{name} {shape}" for name, shape in MODELS.items())
     parser.add_argument("--model", choices=MODELS, metavar="NAME", help=f"K and N of a model: {models}")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of x, the weights and the result (bfloat16)"
+    )
     layout_help = "linear: (N, K) in memory, as nn.Linear keeps them; row-major: (K, N)"
     parser.add_argument("--layout", choices=LAYOUTS, default="linear", help=layout_help)
     provider_help = f"contenders, from: {', '.join(map(repr, PROVIDERS))}; torch is always there"

@@ -4,6 +4,7 @@ They run on whatever there is: a GPU, or the CPU through Triton's interpreter. W
 """
 
 import ast
+import functools
 import itertools
 import os
 import re
@@ -43,7 +44,11 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 3e-6}
 
 
-def assert_right(x, w_gate, w_up, run=fused_swiglu):
+# The default configuration: what tuning may choose instead has tests of its own, and would be tuned for each size here.
+untuned = functools.partial(fused_swiglu, autotune=False)
+
+
+def assert_right(x, w_gate, w_up, run=untuned):
     """No element unwritten, each within the benchmark's tolerance, the error no larger than eager PyTorch's own."""
     shape = (*x.shape[:-1], w_gate.shape[1])
     expected = reference(x, w_gate, w_up)
@@ -106,7 +111,7 @@ def any_inputs(draw):
 @settings(max_examples=100 if GPU else 30, deadline=None, derandomize=True)
 @given(any_inputs())
 def test_any_strides(inputs):
-    assert_right(*inputs, lambda *tensors: fused_swiglu(*tensors, autotune=False))
+    assert_right(*inputs)
 
 
 K, N = 72, 136  # multiples of 8, so that descriptors apply where the strides allow them
@@ -508,7 +513,7 @@ def test_more_than_2_to_the_31_elements(large, layout):
     if layout == "linear":
         w_gate, w_up = w_gate.t(), w_up.t()
     with nan_in_new_memory():
-        y = fused_swiglu(x, w_gate, w_up, autotune=False)
+        y = untuned(x, w_gate, w_up)
     rows, columns = slice(-65, None), slice(-64, None)  # the farthest from the start
     expected = reference(x[rows], w_gate[:, columns], w_up[:, columns])
     assert relative_error(y[rows, columns], expected) <= ROUNDING[torch.bfloat16]
@@ -534,13 +539,13 @@ def test_graph_capture_never_tunes(M, layout, timings):
 @needs_gpu
 def test_when_tuning_happens(timings):
     sizes = {M: make_inputs(M, 328, 696, torch.bfloat16, "linear", DEVICE) for M in (520, 777, 1024, 1025)}
-    fused_swiglu(*sizes[520], autotune=False)
+    untuned(*sizes[520])
     assert not timings
     fused_swiglu(*sizes[520])
     once = len(timings)
     assert once > 1
     for M in (520, 777, 1024):  # one bucket
-        assert_right(*sizes[M])
+        assert_right(*sizes[M], run=fused_swiglu)
     assert len(timings) == once
     fused_swiglu(*sizes[1025])
     assert len(timings) > once
@@ -563,7 +568,7 @@ def test_a_second_call_launches_the_same_kernel(monkeypatch):
     previous = torch.get_float32_matmul_precision()
     for precision in ("highest", "high", "highest", "high"):
         torch.set_float32_matmul_precision(precision)
-        errors.setdefault(precision, []).append(relative_error(fused_swiglu(*single), reference(*single)))
+        errors.setdefault(precision, []).append(relative_error(untuned(*single), reference(*single)))
     torch.set_float32_matmul_precision(previous)
     assert max(errors["highest"]) < 1e-5 < 1e-4 < min(errors["high"])
     with pytest.raises(NotImplementedError, match="x requires grad"):
@@ -604,7 +609,7 @@ def test_tuning_is_quick_and_kept_on_disk(tmp_path):
 def test_runs_on_the_device_of_its_inputs(M, layout):
     inputs = [t.to("cuda:1") for t in make_inputs(M, 328, 520, torch.bfloat16, layout, "cuda:0")]
     assert torch.cuda.current_device() == 0
-    assert_right(*inputs)
+    assert_right(*inputs, run=fused_swiglu)
     assert fused_swiglu(*inputs).device == inputs[0].device
     with pytest.raises(ValueError, match="w_up is on cuda:0, but x is on cuda:1"):
         fused_swiglu(*inputs[:2], inputs[2].to("cuda:0"))
