@@ -49,7 +49,10 @@ untuned = functools.partial(fused_swiglu, autotune=False)
 
 
 def assert_right(x, w_gate, w_up, run=untuned):
-    """No element unwritten, each within the benchmark's tolerance, the error no larger than eager PyTorch's own."""
+    """No element unwritten, each within the benchmark's tolerance, the error no larger than eager PyTorch's own.
+
+    Or than ROUNDING, where that is more: eager may be exact on a few elements, and sums few rows of float32 better.
+    """
     shape = (*x.shape[:-1], w_gate.shape[1])
     expected = reference(x, w_gate, w_up)
     results = []
@@ -60,8 +63,8 @@ def assert_right(x, w_gate, w_up, run=untuned):
     assert results[-1].shape == shape and results[-1].dtype == x.dtype and results[-1].is_contiguous()
 
 
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
+def randn(*shape, dtype=torch.float32, scale=1):
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
 # ---- Right on any sizes, dtypes and strides ----
@@ -79,10 +82,7 @@ def test_sizes(M, K, N, dtype, layout):
 
 def strided(draw, rows, columns, dtype, scale):
     """A (rows, columns) tensor in one of the layouts that views make."""
-
-    def scaled(*shape):
-        return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
-
+    scaled = functools.partial(randn, dtype=dtype, scale=scale)
     kind = draw(st.sampled_from(["row-major", "transposed", "padded", "transposed, padded", "steps", "offset"]))
     if kind == "transposed":
         return scaled(columns, rows).t()
@@ -246,6 +246,35 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
         fused_swiglu(A, B, B)
 
 
+# ---- What a later call may reuse ----
+
+
+def test_launch_key_tells_apart():
+    """A compiled launch is reused under its key: whatever it depends on must change the key."""
+    x, w_gate, w_up = make_inputs(64, 72, 136, torch.float32, "linear", DEVICE)
+    unaligned = torch.empty(x.numel() + 1, device=DEVICE)[1:].view(x.shape)
+    calls = {
+        "as it is": (x, w_gate, w_up),
+        "weights exchanged": (x, w_up, w_gate),
+        "one weight twice": (x, w_gate, w_gate),
+        "another address": (unaligned, w_gate, w_up),
+        "fewer rows": (x[:1], w_gate, w_up),
+        "more dimensions": (x[None], w_gate, w_up),
+        "another stride of x": (x.t().contiguous().t(), w_gate, w_up),
+        "another layout of w_up": (x, w_gate, w_up.contiguous()),
+        "another dtype of w_up": (x, w_gate, w_up.double()),
+        "another device of w_up": (x, w_gate, w_up.to("meta")),
+        "requires grad": (x, w_gate, w_up.detach().requires_grad_()),
+    }
+    keys = {name: fts._launch_key(*tensors) for name, tensors in calls.items()}
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    keys["another precision"] = fts._launch_key(x, w_gate, w_up)
+    torch.set_float32_matmul_precision(previous)
+    assert len(set(keys.values())) == len(keys), keys
+    assert fts._launch_key(x + 1, w_gate, w_up) == keys["as it is"]
+
+
 # ---- The file by itself ----
 
 
@@ -326,8 +355,6 @@ def force(config):
     """fused_swiglu with this configuration."""
 
     def run(x, w_gate, w_up):
-        if fts.INTERPRETED and x.dtype == torch.bfloat16:
-            x, w_gate, w_up = x.half(), w_gate.half(), w_up.half()
         y = torch.empty(*x.shape[:-1], w_gate.shape[1], dtype=x.dtype, device=x.device)
         fts._first_launch(x, w_gate, w_up, y, autotune=False, config=config)
         return y
