@@ -26,6 +26,20 @@ import triton.language as tl
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+except ImportError:  # Gluon is experimental and may move: then the Triton kernel serves everywhere
+    gluon = None
+
 # ----------------------------------------------------------------------------------------------------------------
 # Tile configurations, and which of them suit a call
 # ----------------------------------------------------------------------------------------------------------------
@@ -40,29 +54,29 @@ def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persist
 
 # In order of preference: the first that usable_configs() keeps is the default, which needs no tuning. The comments
 # say where each one won on an H100 (K = 4096, N = 14336); those without a place serve devices with less shared memory.
+# Those for more than 128 rows of 16-bit numbers won there before hopper_kernel: they are for other devices and for
+# operands that TMA does not take.
 CONFIGS = {
     "16-bit": [
         # nn.Linear weights. Not with swap=True: a race, 256 x 64 tiles in 3 stages gave errors of 1.6e-2 to 3.4e-2.
-        _config(128, 128, 64, 8, 3, tma="xw", persistent=True, flatten=True),  # M >= 1024
-        _config(128, 128, 64, 8, 4, tma="xw", persistent=True, flatten=True),  # M = 256 and 512
-        _config(128, 128, 64, 8, 3, tma="xw", persistent=True),  # M = 4096 in some runs
+        _config(128, 128, 64, 8, 3, tma="xw", persistent=True, flatten=True),  # M > 128
         _config(128, 64, 64, 4, 3, tma="xw"),  # M = 128: two programs share an SM
         # Row-major weights. x by TMA leaves the threads the addresses of the weights only: in one run, persistent,
         # 800 -> 714 us at M = 2048.
-        _config(256, 64, 64, 8, 3, tma="x", swap=True),  # M >= 1024
-        _config(256, 64, 64, 8, 4, tma="x", persistent=True, swap=True),  # M = 256 and 512
+        _config(256, 64, 64, 8, 3, tma="x", swap=True),  # M > 128
         _config(128, 128, 64, 8, 3, persistent=True),  # M = 128
         _config(128, 64, 64, 8, 3),
         _config(128, 64, 32, 8, 3),
-        _config(64, 64, 128, 4, 4, tma="xw"),  # M = 64, and small layers
+        _config(64, 64, 128, 4, 4, tma="xw"),  # small layers
+        _config(64, 32, 128, 4, 3, tma="xw"),  # M = 64: 96.0 -> 94.7 us, as two programs share an SM
         _config(64, 64, 64, 4, 4),
-        _config(64, 128, 64, 8, 4),  # row-major, M = 64
+        _config(64, 128, 64, 8, 3, tma="x"),  # row-major, M = 64
         _config(64, 64, 32, 4, 3),
         _config(32, 64, 128, 4, 4, swap=True),  # M = 32
         _config(32, 128, 64, 4, 4, swap=True),  # row-major, M = 32
-        _config(16, 64, 128, 4, 4, swap=True),  # M <= 16
-        _config(16, 32, 128, 4, 4, swap=True),
-        _config(16, 128, 64, 4, 4, swap=True),  # row-major, M <= 16
+        _config(16, 64, 128, 4, 4, swap=True),
+        _config(16, 32, 128, 4, 4, swap=True),  # M <= 16
+        _config(16, 128, 64, 4, 3, swap=True),  # row-major, M <= 16
         _config(16, 64, 64, 4, 3),
     ],
     # Rounding to tf32 takes both operands through registers: see round_to_tf32.
@@ -157,6 +171,11 @@ def grouped_tile(tile, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
     pid_m = first_pid_m + tile % tiles_in_group % rows
     pid_n = tile % tiles_in_group // rows
     return pid_m, pid_n
+
+
+@triton.jit
+def silu_mul(gate, up):
+    return gate / (1 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -306,9 +325,168 @@ def swiglu_kernel(
         gate, up = tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
         if TMA == "xw" and UP_FIRST:
             gate, up = up, gate
-        y = gate / (1 + tl.exp(-gate)) * up
+        y = silu_mul(gate, up)
         y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Kernel for Hopper and results of many tiles: warp-specialised, in Gluon
+# ----------------------------------------------------------------------------------------------------------------
+
+# A tile is TILE_M x TILE_N results. Not tuned: the one other size that pays is half of TILE_N, see hopper_schedule.
+TILE_M, TILE_N, TILE_GROUP = tl.constexpr(128), tl.constexpr(128), tl.constexpr(16)
+STAGES = tl.constexpr(4)  # of 48 KB. With y they fill the shared memory
+BOX = tl.constexpr(64)  # what a stage takes of K, and the columns of a TMA box: 128 bytes, the widest swizzle
+CONSUMERS = tl.constexpr(2)  # of four warps; each computes the TILE_M // CONSUMERS rows that one wgmma has
+# A third of the registers for each consumer and for the producer, which hands most of its third on.
+HOPPER_OPTIONS = {"num_warps": 4, "maxnreg": 168}
+
+if gluon:
+
+    @gluon.jit
+    def hopper_schedule(M, N):
+        """The number of tiles, and how many of them, the first ones, are computed whole.
+
+        Where the last wave would keep at most half of the programs busy, its tiles are computed in halves, each by a
+        program: 195 -> 175 us at M = 512.
+        """
+        tiles = gl.cdiv(M, TILE_M) * gl.cdiv(N, TILE_N)
+        last_wave = tiles % gl.num_programs(0)
+        if 2 * last_wave > gl.num_programs(0):
+            last_wave = 0
+        return tiles, tiles - last_wave
+
+    @gluon.jit
+    def hopper_offsets(tile, M, N):
+        """A tile's first row and column."""
+        pid_m, pid_n = grouped_tile(tile, gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N), TILE_GROUP)
+        return pid_m * TILE_M, pid_n * TILE_N
+
+    @gluon.jit
+    def hopper_load(
+        step, off_m, off_n, K, x_desc, w_gate_desc, w_up_desc, buffers, WIDTH: gl.constexpr, ROW_MAJOR: gl.constexpr
+    ):
+        """Start the loads for WIDTH columns of a tile, one stage for each step along K. Returns the next step."""
+        x_buffers, w_buffers, full, empty = buffers
+        HALF: gl.constexpr = WIDTH // BOX  # the boxes of w_gate, then as many of w_up, make one operand
+        for k in range(0, K, BOX):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, x_desc.block_type.nbytes + 2 * HALF * w_gate_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(x_desc, [off_m, k], ready, x_buffers.index(stage))
+            for i in gl.static_range(HALF):
+                box = stage * (w_buffers.shape[0] // STAGES) + i
+                n = off_n + i * BOX
+                where = (k, n) if ROW_MAJOR else (n, k)
+                tma.async_copy_global_to_shared(w_gate_desc, where, ready, w_buffers.index(box))
+                tma.async_copy_global_to_shared(w_up_desc, where, ready, w_buffers.index(box + HALF))
+            step += 1
+        return step
+
+    @gluon.jit
+    def hopper_producer(x_desc, w_gate_desc, w_up_desc, buffers, M, N, K, ROW_MAJOR: gl.constexpr):
+        tiles, whole = hopper_schedule(M, N)
+        step = 0
+        for tile in range(gl.program_id(0), whole, gl.num_programs(0)):
+            off_m, off_n = hopper_offsets(tile, M, N)
+            step = hopper_load(step, off_m, off_n, K, x_desc, w_gate_desc, w_up_desc, buffers, TILE_N, ROW_MAJOR)
+        for half in range(gl.program_id(0), 2 * (tiles - whole), gl.num_programs(0)):
+            off_m, off_n = hopper_offsets(whole + half // 2, M, N)
+            off_n += half % 2 * (TILE_N // 2)
+            step = hopper_load(step, off_m, off_n, K, x_desc, w_gate_desc, w_up_desc, buffers, TILE_N // 2, ROW_MAJOR)
+
+    @gluon.jit
+    def hopper_compute(
+        step,
+        off_m,
+        off_n,
+        K,
+        y_desc,
+        y_buffers,
+        buffers,
+        CONSUMER: gl.constexpr,
+        WIDTH: gl.constexpr,
+        ROW_MAJOR: gl.constexpr,
+    ):
+        """One consumer's rows and WIDTH columns of y, from the loaded stages to the store. Returns the next step."""
+        x_buffers, w_buffers, full, empty = buffers
+        ROWS: gl.constexpr = TILE_M // CONSUMERS
+        OPERANDS: gl.constexpr = w_buffers.shape[0] * BOX // (2 * WIDTH)
+        SHAPE_W: gl.constexpr = [OPERANDS, BOX, 2 * WIDTH] if ROW_MAJOR else [OPERANDS, 2 * WIDTH, BOX]
+        w_operands = w_buffers._reinterpret(w_buffers.dtype, SHAPE_W, w_buffers.layout)
+
+        acc = gl.zeros([ROWS, 2 * WIDTH], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, 16]))
+        for k in range(0, K, BOX):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            x = x_buffers.index(stage).slice(CONSUMER * ROWS, ROWS)
+            w = w_operands.index(stage * (OPERANDS // STAGES))
+            if not ROW_MAJOR:
+                w = w.permute([1, 0])
+            acc = warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, [acc])  # the product before this one is done: its stage may be loaded again
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+            step += 1
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+
+        gate, up = acc.reshape([ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
+        y = silu_mul(gate, up).to(y_desc.dtype)
+        FIRST_BOX: gl.constexpr = CONSUMER * (TILE_N // BOX)
+        SHAPE_Y: gl.constexpr = [y_buffers.shape[0] * BOX // WIDTH, ROWS, WIDTH]
+        y_wide = y_buffers._reinterpret(y_buffers.dtype, SHAPE_Y, y_buffers.layout)
+        tma.store_wait(0)  # the tile before this one has left the buffer
+        y_wide.index(FIRST_BOX * BOX // WIDTH).store(y)
+        fence_async_shared()
+        for i in gl.static_range(WIDTH // BOX):
+            where = (off_m + CONSUMER * ROWS, off_n + i * BOX)
+            tma.async_copy_shared_to_global(y_desc, where, y_buffers.index(FIRST_BOX + i))
+        return step
+
+    @gluon.jit
+    def hopper_consumer(y_desc, y_buffers, buffers, M, N, K, CONSUMER: gl.constexpr, ROW_MAJOR: gl.constexpr):
+        tiles, whole = hopper_schedule(M, N)
+        step = 0
+        for tile in range(gl.program_id(0), whole, gl.num_programs(0)):
+            off_m, off_n = hopper_offsets(tile, M, N)
+            step = hopper_compute(step, off_m, off_n, K, y_desc, y_buffers, buffers, CONSUMER, TILE_N, ROW_MAJOR)
+        for half in range(gl.program_id(0), 2 * (tiles - whole), gl.num_programs(0)):
+            off_m, off_n = hopper_offsets(whole + half // 2, M, N)
+            off_n += half % 2 * (TILE_N // 2)
+            step = hopper_compute(step, off_m, off_n, K, y_desc, y_buffers, buffers, CONSUMER, TILE_N // 2, ROW_MAJOR)
+        tma.store_wait(0)
+
+    @gluon.jit(do_not_specialize=["M", "N", "K"])
+    def hopper_kernel(x_desc, w_gate_desc, w_up_desc, y_desc, M, N, K, ROW_MAJOR: gl.constexpr):
+        """One warp only starts TMA loads, two consumers multiply. Weights lie (N, K) in memory, with ROW_MAJOR (K, N).
+
+        No barrier joins the consumers, so that one keeps the tensor cores busy while the other is in its epilogue: 705
+        -> 676 us at M = 2048 against one consumer of eight warps. There swiglu_kernel takes 727 and cuBLAS 692 for the
+        products alone (one run).
+        """
+        dtype: gl.constexpr = x_desc.dtype
+        x_buffers = gl.allocate_shared_memory(dtype, [STAGES, TILE_M, BOX], x_desc.layout)
+        w_buffers = gl.allocate_shared_memory(dtype, [STAGES * 2 * TILE_N // BOX, BOX, BOX], w_gate_desc.layout)
+        y_buffers = gl.allocate_shared_memory(
+            dtype, [CONSUMERS * TILE_N // BOX, TILE_M // CONSUMERS, BOX], y_desc.layout
+        )
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(full.index(stage), count=1)
+            mbarrier.init(empty.index(stage), count=CONSUMERS)
+        buffers = (x_buffers, w_buffers, full, empty)
+        gl.warp_specialize(
+            [
+                (hopper_consumer, (y_desc, y_buffers, buffers, M, N, K, 0, ROW_MAJOR)),
+                (hopper_consumer, (y_desc, y_buffers, buffers, M, N, K, 1, ROW_MAJOR)),
+                (hopper_producer, (x_desc, w_gate_desc, w_up_desc, buffers, M, N, K, ROW_MAJOR)),
+            ],
+            worker_num_warps=[4, 1],
+            worker_num_regs=[240, 24],
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -380,41 +558,58 @@ def _in_rows(x):
 MAX_STEP = 2**40  # bytes: a descriptor's strides are below
 
 
-def tma_operands(rows, w_gate, w_up, device):
-    """The operands that tensor descriptors can describe: "xw", "x" or "".
+def _tma_takes(t):
+    """Whether TMA can load from a 2-D tensor: the last dimension contiguous, all else in steps of 16 bytes."""
+    step = t.stride(0) * t.element_size()
+    return t.stride(1) == 1 and t.data_ptr() % 16 == 0 and 0 < step < MAX_STEP and step % 16 == 0
 
-    TMA wants the innermost dimension contiguous and all else in steps of 16 bytes; x in rows of one stride.
-    """
+
+def tma_operands(rows, w_gate, w_up, device):
+    """The operands that swiglu_kernel's descriptors can describe: "xw", "x" or ""."""
     if device.backend == "hip" or not 90 <= device.arch < 120 or rows.element_size() != 2:
         return ""
     if INTERPRETED and rows.is_cuda:  # the interpreter works on copies, whose distance is another
         return ""
-
-    def steps_fit(*steps):
-        return all(0 < step < MAX_STEP and step % 16 == 0 for step in steps)
-
-    if rows.shape[1] > 1 or rows.stride(2) != 1 or rows.data_ptr() % 16 or not steps_fit(2 * rows.stride(0)):
+    if rows.shape[1] > 1 or not _tma_takes(rows[:, 0]):
         return ""
-    if w_gate.stride() != w_up.stride() or w_gate.stride(0) != 1 or w_gate.data_ptr() % 16:
-        return "x"
     distance = abs(w_up.data_ptr() - w_gate.data_ptr())
-    return "xw" if steps_fit(distance, 2 * w_gate.stride(1)) else "x"
+    if w_gate.stride() != w_up.stride() or not _tma_takes(w_gate.t()) or not 0 < distance < MAX_STEP or distance % 16:
+        return "x"
+    return "xw"
+
+
+def hopper_weights(w_gate, w_up):
+    """How hopper_kernel loads the weights: "row-major" (K, N), "linear" (N, K), or None if TMA takes neither."""
+    if _tma_takes(w_gate) and _tma_takes(w_up):
+        return "row-major"
+    return "linear" if _tma_takes(w_gate.t()) and _tma_takes(w_up.t()) else None
+
+
+def hopper_applies(rows, w_gate, w_up, device):
+    """Whether hopper_kernel computes this call: it can, and it is faster.
+
+    Up to 128 rows reading the weights takes the time, which smaller tiles do better: 98 us against 104 at M = 128. With
+    fewer than a third as many tiles as SMs nothing was measured.
+    """
+    (blocks, inner, _), N = rows.shape, w_gate.shape[1]
+    M = blocks * inner
+    tiles = triton.cdiv(M, TILE_M.value) * triton.cdiv(N, TILE_N.value)
+    if gluon is None or INTERPRETED or (device.backend, device.arch) != ("cuda", 90):
+        return False
+    if M <= 128 or 3 * tiles < device.num_sms or N % 8:  # y is stored by TMA
+        return False
+    return tma_operands(rows, w_gate, w_up, device) != "" and hopper_weights(w_gate, w_up) is not None
 
 
 class Launcher(NamedTuple):
-    """A compiled kernel with all its arguments but the tensors."""
+    """A compiled kernel, for any tensors with one _launch_key."""
 
     run: Callable
-    values: dict  # name -> value
-    arguments: tuple  # the values in the kernel's order
-    tuned: bool
+    arguments: Callable  # x, w_gate, w_up, y -> all that the kernel takes
+    final: bool  # nothing is left to tune
 
     def __call__(self, x, w_gate, w_up, y):
-        x_desc = w_desc = None
-        if self.values["TMA"]:
-            args = self.values | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up}
-            x_desc, w_desc = _x_descriptor(args), _w_descriptor(args)
-        self.run(x, w_gate, w_up, y, x_desc, w_desc, *self.arguments)
+        self.run(*self.arguments(x, w_gate, w_up, y))
 
 
 # _launch_key -> Launcher. The second call with a key skips the checks, the autotuner, the heuristics and the binding of
@@ -440,20 +635,50 @@ def _launch_key(x, w_gate, w_up):
     )
 
 
-def _first_launch(x, w_gate, w_up, y, autotune, config=None):
-    """Fill y, all sizes above 0, and return the Launcher that does it again, or None where there is none.
-
-    `config` None: the tuned one, or the default.
-    """
+def _first_launch(x, w_gate, w_up, y, autotune):
+    """Fill y, all sizes above 0, and return the Launcher that does it again, or None where there is none."""
     rows = _in_rows(x)
     if rows is None:  # three row strides or more: each block of rows by itself
         for x_i, y_i in zip(x, y, strict=True):
-            _first_launch(x_i, w_gate, w_up, y_i, autotune, config)
+            _first_launch(x_i, w_gate, w_up, y_i, autotune)
         return None
+    if hopper_applies(rows, w_gate, w_up, device_of(x.device.index)):
+        return _launch_hopper(rows, w_gate, w_up, y)
+    return _launch_triton(rows, w_gate, w_up, y, autotune)
+
+
+def _launch_hopper(rows, w_gate, w_up, y):
+    """Fill y by hopper_kernel, and return the Launcher that does it again."""
+    (M, _, K), N, stride_xm = rows.shape, w_gate.shape[1], rows.stride(0)
+    row_major = hopper_weights(w_gate, w_up) == "row-major"
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=2 * BOX.value, element_bitwidth=16)
+
+    def descriptor(t, rows, columns, stride, box_rows):
+        return GluonTensorDescriptor(t, [rows, columns], [stride, 1], [box_rows, BOX.value], layout)
+
+    def arguments(x, w_gate, w_up, y):
+        x_desc = descriptor(x, M, K, stride_xm, TILE_M.value)
+        if row_major:
+            w_descs = [descriptor(w, K, N, w.stride(0), BOX.value) for w in (w_gate, w_up)]
+        else:
+            w_descs = [descriptor(w, N, K, w.stride(1), BOX.value) for w in (w_gate, w_up)]
+        y_desc = descriptor(y, M, N, N, TILE_M.value // CONSUMERS.value)
+        return x_desc, *w_descs, y_desc, M, N, K, row_major
+
+    grid = (device_of(rows.device.index).num_sms, 1, 1)
+    compiled = hopper_kernel[grid](*arguments(rows, w_gate, w_up, y), **HOPPER_OPTIONS)
+    return Launcher(compiled[grid], arguments, final=True)
+
+
+def _launch_triton(rows, w_gate, w_up, y, autotune, config=None):
+    """Fill y by swiglu_kernel, and return the Launcher that does it again, or None in the interpreter.
+
+    `config` None: the tuned one, or the default.
+    """
     (blocks, inner, K), N = rows.shape, w_gate.shape[1]
     M = blocks * inner
-    device = device_of(x.device.index)
-    kind = "16-bit" if x.element_size() == 2 else "ieee"
+    device = device_of(rows.device.index)
+    kind = "16-bit" if rows.element_size() == 2 else "ieee"
     if kind == "ieee" and device.backend == "cuda" and not INTERPRETED:
         kind = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     tma = tma_operands(rows, w_gate, w_up, device)
@@ -485,16 +710,25 @@ def _first_launch(x, w_gate, w_up, y, autotune, config=None):
 
     tuned = config is None and autotune and not INTERPRETED and not torch.cuda.is_current_stream_capturing()
     if tuned:
-        compiled = TUNERS[kind][grid](x, w_gate, w_up, y, **values, **options)
+        compiled = TUNERS[kind][grid](rows, w_gate, w_up, y, **values, **options)
         config = TUNERS[kind].best_config
     else:
         config = config or usable_configs(kind, M, N, tma, device)[0]
-        compiled = swiglu_kernel[grid](x, w_gate, w_up, y, **values, **options, **config.all_kwargs())
+        compiled = swiglu_kernel[grid](rows, w_gate, w_up, y, **values, **options, **config.all_kwargs())
     if INTERPRETED:
         return None
     values |= config.kwargs
-    names = swiglu_kernel.arg_names[6:]  # after the tensors. What the compiled kernel has as a constant, it ignores
-    return Launcher(compiled[grid(values)], values, tuple(values.get(name) for name in names), tuned)
+    # Sizes, strides and what follows. What the compiled kernel has as a constant, it ignores.
+    others = tuple(values.get(name) for name in swiglu_kernel.arg_names[6:])
+
+    def arguments(x, w_gate, w_up, y):
+        x_desc = w_desc = None
+        if values["TMA"]:
+            args = values | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up}
+            x_desc, w_desc = _x_descriptor(args), _w_descriptor(args)
+        return x, w_gate, w_up, y, x_desc, w_desc, *others
+
+    return Launcher(compiled[grid(values)], arguments, final=tuned)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -538,7 +772,7 @@ def fused_swiglu(x, w_gate, w_up, *, autotune=True):
         return fused_swiglu(x.float(), w_gate.float(), w_up.float()).to(x.dtype)
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
-        if launcher and (launcher.tuned or not autotune or torch.cuda.is_current_stream_capturing()):
+        if launcher and (launcher.final or not autotune or torch.cuda.is_current_stream_capturing()):
             launcher(x, w_gate, w_up, y)
         else:
             _launchers[key] = _first_launch(x, w_gate, w_up, y, autotune)

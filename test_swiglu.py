@@ -356,7 +356,7 @@ def force(config):
 
     def run(x, w_gate, w_up):
         y = torch.empty(*x.shape[:-1], w_gate.shape[1], dtype=x.dtype, device=x.device)
-        fts._first_launch(x, w_gate, w_up, y, autotune=False, config=config)
+        fts._launch_triton(fts._in_rows(x), w_gate, w_up, y, autotune=False, config=config)
         return y
 
     return run
@@ -396,6 +396,69 @@ def test_every_configuration(kind, config, layout):
                     assert error <= limit, (M, K, N, dtype)
             finally:
                 torch.set_float32_matmul_precision(previous)
+
+
+needs_hopper = pytest.mark.skipif(
+    not GPU or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (sm_90)"
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_hopper_kernel(dtype, layout):
+    """One tile, ragged edges, many waves, the last one in whole and in half tiles; several times, as for the others."""
+    sizes = [(1, 8, 8), (128, 64, 128), (129, 72, 136), (77, 264, 520), (1037, 1096, 4104), (4100, 1024, 8192)]
+    sizes += [(512, 4096, 14336), (2048, 4096, 14336), (8192, 4096, 4096)]
+    for M, K, N in sizes:
+        x, w_gate, w_up = inputs = make_inputs(M, K, N, dtype, layout, DEVICE)
+        expected = reference(*inputs)
+        limit = max(relative_error(torch_swiglu(*inputs), expected), ROUNDING[dtype])
+        for _ in range(3):
+            y = torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE)
+            fts._launch_hopper(fts._in_rows(x), w_gate, w_up, y)
+            assert relative_error(y, expected) <= limit, (M, K, N)
+
+
+def test_where_the_hopper_kernel_applies(monkeypatch):
+    monkeypatch.setattr(fts, "INTERPRETED", False)
+    M, K, N = 300, 72, 136 * 20
+    x, w_gate, w_up = make_inputs(M, K, N, torch.bfloat16, "linear", "cpu")
+    row_major = w_gate.contiguous(), w_up.contiguous()
+    padded = torch.empty(M, K + 1, dtype=torch.bfloat16)[:, :K]
+    unaligned = torch.empty(N * K + 1, dtype=torch.bfloat16)[1:].view(N, K).t()
+    cases = [
+        (True, x, w_gate, w_up),
+        (True, x, *row_major),
+        (True, x, *torch.cat(row_major, dim=1).chunk(2, dim=1)),
+        (True, torch.cat([x, x], dim=1)[:, K:], w_gate, w_up),
+        (False, x[:128], w_gate, w_up),  # swiglu_kernel is faster
+        (False, x, w_gate[:, :1024], w_up[:, :1024]),  # fewer tiles than a third of the SMs
+        (False, x, w_gate[:, :-4], w_up[:, :-4]),  # y does not come in steps of 16 bytes
+        (False, x, w_gate, row_major[1]),
+        (False, x, w_gate, unaligned),
+        (False, padded, w_gate, w_up),
+        (False, x.t().contiguous().t(), w_gate, w_up),
+        (False, x.float(), w_gate.float(), w_up.float()),
+    ]
+    for i, (applies, rows, gate, up) in enumerate(cases):
+        assert fts.hopper_applies(fts._in_rows(rows), gate, up, H100) == applies, i
+    for device in (TARGETS["sm_80"], TARGETS["sm_100"], TARGETS["gfx942"]):
+        assert not fts.hopper_applies(fts._in_rows(x), w_gate, w_up, device)
+
+
+def compile_hopper(target, element, layout):
+    """hopper_kernel as the launcher would compile it, without a GPU."""
+    import triton
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    rows = {"x_desc": fts.TILE_M.value, "w_gate_desc": 64, "w_up_desc": 64, "y_desc": 64}
+    swizzled = gl.NVMMASharedLayout(128, 16)
+    types = {name: f"tensordesc<{element}[{rows[name]}, 64],{swizzled!r}>" for name in rows}
+    types |= {"M": "i32", "N": "i32", "K": "i32", "ROW_MAJOR": "constexpr"}
+    source = GluonASTSource(fts.hopper_kernel, types, constexprs={(len(types) - 1,): layout == "row-major"}, attrs={})
+    return triton.compile(source, target=target, options=fts.HOPPER_OPTIONS)
 
 
 def compile_for(target, kind, config, layout, even_k):
@@ -459,6 +522,13 @@ def compile_everything(target_name):
             compiled += 1
             if stack_bytes(result) or result.metadata.shared > device.shared_memory:
                 print(f"{kind} {layout} EVEN_K={even_k} {config}:", end=" ")
+                print(f"{stack_bytes(result)} bytes of stack, {result.metadata.shared} of shared memory")
+    if device.arch == 90:
+        for element, layout in itertools.product(("bf16", "fp16"), LAYOUTS):
+            result = compile_hopper(target, element, layout)
+            compiled += 1
+            if stack_bytes(result) or result.metadata.shared > device.shared_memory:
+                print(f"hopper_kernel {element} {layout}:", end=" ")
                 print(f"{stack_bytes(result)} bytes of stack, {result.metadata.shared} of shared memory")
     print("compiled", compiled)
 
@@ -529,9 +599,10 @@ def test_no_operand_is_copied(name):
 
 @needs_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("large", ["x", "w", "y"])
+@pytest.mark.parametrize("large", ["x", "w", "w, many rows", "y"])
 def test_more_than_2_to_the_31_elements(large, layout):
-    M, K, N = {"x": (2**20 + 65, 2056, 64), "w": (65, 32776, 65544), "y": (2**18 + 65, 16, 8200)}[large]
+    sizes = {"x": (2**20 + 65, 2056, 64), "w": (65, 32776, 65544), "y": (2**18 + 65, 16, 8200)}
+    M, K, N = (sizes | {"w, many rows": (200, 32776, 65544)})[large]
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
@@ -549,9 +620,9 @@ def test_more_than_2_to_the_31_elements(large, layout):
 
 @needs_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("M", [1, 300])
-def test_graph_capture_never_tunes(M, layout, timings):
-    inputs = make_inputs(M, 328, 520 + M, torch.bfloat16, layout, DEVICE)  # sizes no other test has
+@pytest.mark.parametrize("M, N", [(1, 521), (300, 820), (300, 5768)])
+def test_graph_capture_never_tunes(M, N, layout, timings):
+    inputs = make_inputs(M, 328, N, torch.bfloat16, layout, DEVICE)  # sizes no other test has
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = fused_swiglu(*inputs)
@@ -559,13 +630,14 @@ def test_graph_capture_never_tunes(M, layout, timings):
     graph.replay()
     assert relative_error(y, reference(*inputs)) <= ROUNDING[torch.bfloat16]
     assert not timings
-    fused_swiglu(*inputs)  # outside a capture it does
-    assert timings
+    fused_swiglu(*inputs)
+    x, w_gate, w_up = inputs  # outside a capture it does, where there is something to tune
+    assert bool(timings) != fts.hopper_applies(fts._in_rows(x), w_gate, w_up, fts.device_of(0))
 
 
 @needs_gpu
 def test_when_tuning_happens(timings):
-    sizes = {M: make_inputs(M, 328, 696, torch.bfloat16, "linear", DEVICE) for M in (520, 777, 1024, 1025)}
+    sizes = {M: make_inputs(M, 328, 344, torch.bfloat16, "linear", DEVICE) for M in (520, 777, 1024, 1025)}
     untuned(*sizes[520])
     assert not timings
     fused_swiglu(*sizes[520])
@@ -579,10 +651,11 @@ def test_when_tuning_happens(timings):
 
 
 @needs_gpu
-def test_a_second_call_launches_the_same_kernel(monkeypatch):
+@pytest.mark.parametrize("N", [520, 5640])
+def test_a_second_call_launches_the_same_kernel(N, monkeypatch):
     """What a launch depends on and could be forgotten: alignment, the order of the weights, the precision."""
     monkeypatch.setattr(fts, "_launchers", {})
-    M, K, N = 130, 264, 520
+    M, K = 130, 264
     x, w_gate, w_up = make_inputs(M, K, N, torch.bfloat16, "linear", DEVICE)
     storage = torch.empty(M * K + 8, dtype=torch.bfloat16, device=DEVICE)
     unaligned = storage[1 : 1 + M * K].view(M, K).copy_(x)
@@ -615,7 +688,7 @@ def test_tuning_is_quick_and_kept_on_disk(tmp_path):
         "    return triton.testing.do_bench(call, quantiles=quantiles)\n"
         "fts.TUNERS['16-bit']._do_bench = count\n"
         "seconds = []\n"
-        "for M, layout in ((1, 'linear'), (4096, 'linear'), (512, 'row-major')):\n"
+        "for M, layout in ((1, 'linear'), (128, 'linear'), (64, 'row-major'), (4096, 'linear')):\n"
         "    inputs = make_inputs(M, 4096, 14336, torch.bfloat16, layout, 'cuda')\n"
         "    start = time.time()\n"
         "    fts.fused_swiglu(*inputs)\n"
@@ -632,9 +705,9 @@ def test_tuning_is_quick_and_kept_on_disk(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("M", [3, 200])
-def test_runs_on_the_device_of_its_inputs(M, layout):
-    inputs = [t.to("cuda:1") for t in make_inputs(M, 328, 520, torch.bfloat16, layout, "cuda:0")]
+@pytest.mark.parametrize("M, N", [(3, 520), (200, 520), (200, 5640)])
+def test_runs_on_the_device_of_its_inputs(M, N, layout):
+    inputs = [t.to("cuda:1") for t in make_inputs(M, 328, N, torch.bfloat16, layout, "cuda:0")]
     assert torch.cuda.current_device() == 0
     assert_right(*inputs, run=fused_swiglu)
     assert fused_swiglu(*inputs).device == inputs[0].device
