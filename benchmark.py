@@ -8,10 +8,13 @@ On a machine without a GPU the kernel is checked through Triton's interpreter, a
 import argparse
 import contextlib
 import functools
+import math
 import os
 import sys
+import time
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -29,11 +32,15 @@ MODELS = {  # K (hidden size), N (intermediate size)
     "mixtral-8x7b": (4096, 14336),
     "qwen2.5-7b": (3584, 18944),
     "tinyllama-1.1b": (2048, 5632),
+    "small": (1024, 4096),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAYOUTS = ("linear", "row-major")
 PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "packed matmul only")
-COLUMNS = ["gpu", "torch", "triton", "dtype", "layout", "M", "K", "N", "provider"]
+PEERS = ("liger-kernel", "flash-swiglu-mlp", "quack-kernels")  # other people's packages, timed where installed
+# What `ms` is: GPU time after a cache flush; GPU time where weights take turns; time that a call keeps the CPU busy.
+FLUSHED, ROTATING, HOST = "flushed cache", "rotating weights", "host"
+COLUMNS = ["gpu", "torch", "triton", "dtype", "layout", "M", "K", "N", "provider", "method"]
 COLUMNS += ["ms", "ms_p20", "ms_p80", "tflops", "gbps", "speedup", "fraction_of_floor", "rel_error"]
 RECORDED_PLOT = "results/h100_bfloat16_linear.png"
 
@@ -46,6 +53,9 @@ TOLERANCES = {
 }
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
 ROUNDS = 5
+ROTATION_BYTES = 2**30  # of weights: many times any L2 cache
+HOST_SHAPE = 1, 512, 512  # M, K, N: the GPU is done long before the next call comes
+HOST_CALLS = 1000
 
 
 # ---- Data and checks ----
@@ -100,25 +110,58 @@ def check(run, expected):
 # ---- Contenders and ceilings ----
 
 
-def make_contenders(names, x, w_gate, w_up, layout):
-    """name -> function without arguments, for one shape."""
-    from fused_triton_swiglu import fused_swiglu
+class Operands(NamedTuple):
+    """One x and one set of weights, with the forms of them that contenders want."""
 
-    w_packed = torch.cat([w_gate.t(), w_up.t()]).t() if layout == "linear" else torch.cat([w_gate, w_up], dim=1)
+    x: torch.Tensor
+    w_gate: torch.Tensor
+    w_up: torch.Tensor
+    w_packed: torch.Tensor  # (K, 2N), w_gate then w_up
+    w_interleaved: torch.Tensor | None  # (2N, K), a row of w_gate, a row of w_up, and so on
+
+
+def make_operands(x, w_gate, w_up, args):
+    gate_t, up_t = w_gate.t(), w_up.t()
+    w_packed = torch.cat([gate_t, up_t]).t() if args.layout == "linear" else torch.cat([w_gate, w_up], dim=1)
+    w_interleaved = torch.stack([gate_t, up_t], dim=1).flatten(0, 1) if "quack-kernels" in args.providers else None
+    return Operands(x, w_gate, w_up, w_packed, w_interleaved)
+
+
+def make_contenders(names):
+    """name -> function of Operands. Peers import their package when they are called."""
+    from fused_triton_swiglu import fused_swiglu
 
     def packed_swiglu(x, w_packed):
         gate, up = (x @ w_packed).chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def liger(o):
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        return LigerSiLUMulFunction.apply(o.x @ o.w_gate, o.x @ o.w_up)
+
+    def flash_swiglu_mlp(o):
+        from flash_swiglu_mlp.ops import gemm_swiglu
+
+        return gemm_swiglu(o.x[None], o.w_gate.t(), o.w_up.t(), 1.0, False)[0][0]
+
+    def quack(o):
+        from quack.gemm_interface import gemm_gated
+
+        return gemm_gated(o.x, o.w_interleaved.t(), activation="swiglu", store_preact=False)[1]
+
     torch.compiler.reset()  # each shape is compiled for itself: PyTorch gives up after eight on one function
     compiled = torch.compile(torch_swiglu, dynamic=False)
     packed_compiled = torch.compile(packed_swiglu, dynamic=False)
     contenders = {
-        "torch": lambda: torch_swiglu(x, w_gate, w_up),
-        "torch.compile": lambda: compiled(x, w_gate, w_up),
-        "packed torch.compile": lambda: packed_compiled(x, w_packed),
-        "fused": lambda: fused_swiglu(x, w_gate, w_up),
-        "packed matmul only": lambda: x @ w_packed,
+        "torch": lambda o: torch_swiglu(o.x, o.w_gate, o.w_up),
+        "torch.compile": lambda o: compiled(o.x, o.w_gate, o.w_up),
+        "packed torch.compile": lambda o: packed_compiled(o.x, o.w_packed),
+        "fused": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up),
+        "packed matmul only": lambda o: o.x @ o.w_packed,
+        "liger-kernel": liger,
+        "flash-swiglu-mlp": flash_swiglu_mlp,
+        "quack-kernels": quack,
     }
     return {name: contenders[name] for name in names}
 
@@ -147,16 +190,25 @@ def environment(gpu):
 
 def measure(M, K, N, args, ceilings, progress):
     """Rows of the table for one M, or None if the fused kernel is wrong there."""
-    from triton.testing import do_bench
-
     dtype = DTYPES[args.dtype]
-    inputs = make_inputs(M, K, N, dtype, args.layout, "cuda")
-    contenders = make_contenders(args.providers, *inputs, args.layout)
+    x, w_gate, w_up = inputs = make_inputs(M, K, N, dtype, args.layout, "cuda")
+    operands = [make_operands(*inputs, args)]
+    contenders = make_contenders(args.providers)
     expected = reference(*inputs)
 
-    errors = {name: relative_error(run(), expected) for name, run in contenders.items() if name != "packed matmul only"}
+    errors = {}
+    for name, run in [*contenders.items()]:
+        if name == "packed matmul only":
+            continue
+        try:
+            errors[name] = relative_error(run(operands[0]), expected)
+        except Exception as error:
+            if name not in PEERS:
+                raise
+            progress.write(f"M = {M:5}  {name} left out: {type(error).__name__}: {str(error).splitlines()[:1]}")
+            del contenders[name]
     if "fused" in contenders:
-        correct, errors["fused"] = check(contenders["fused"], expected)
+        correct, errors["fused"] = check(lambda: contenders["fused"](operands[0]), expected)
         verdict = "" if correct else f"WRONG, beyond {TOLERANCES[dtype]}: "
         line = (
             f"{verdict}error against {expected.dtype}: fused {errors['fused']:.1e}, eager PyTorch {errors['torch']:.1e}"
@@ -166,34 +218,66 @@ def measure(M, K, N, args, ceilings, progress):
             return None
     del expected
 
+    if args.rotate_weights:
+        sets = max(2, math.ceil(ROTATION_BYTES / (w_gate.nbytes + w_up.nbytes)))
+        # w * 1 keeps the layout
+        operands += [make_operands(x, w_gate * 1, w_up * 1, args) for _ in range(sets - 1)]
     times = {name: [] for name in contenders}
     for _ in range(ROUNDS):  # in turn, so that a drifting clock hits all of them alike
         for name, run in contenders.items():
             progress.set_description(f"M = {M}, {name}")
-            times[name] += do_bench(run, warmup=10, rep=60, return_mode="all")
+            times[name] += gpu_times(run, operands)
             progress.update()
 
     bandwidth, rate = ceilings
     flops = 4 * M * N * K
-    least_bytes = inputs[0].element_size() * (M * K + 2 * K * N + M * N)
+    least_bytes = x.element_size() * (M * K + 2 * K * N + M * N)
     floor = max(least_bytes / bandwidth, flops / rate)
+    rows = summarize(times, {"M": M, "K": K, "N": N, "method": ROTATING if args.rotate_weights else FLUSHED}, args)
+    for row in rows:
+        row["tflops"] = flops / row["ms"] * 1e-9
+        row["gbps"] = least_bytes / row["ms"] * 1e-6
+        row["fraction_of_floor"] = floor / row["ms"]
+        row["rel_error"] = errors.get(row["provider"])
+    return rows
+
+
+def gpu_times(run, operands):
+    """Milliseconds per call: after a flush of the cache, or with several operands in turn inside one CUDA graph."""
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    if len(operands) == 1:
+        return do_bench(lambda: run(operands[0]), warmup=10, rep=60, return_mode="all")
+    all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=20, return_mode="all")
+    return [ms / len(operands) for ms in all_in_turn]
+
+
+def summarize(times, shape, args):
+    """A row for each contender from its times in milliseconds."""
     rows = []
-    for name in contenders:
+    for name in times:
         p20, ms, p80 = pd.Series(times[name]).quantile([0.2, 0.5, 0.8])
-        rows.append(
-            {
-                "provider": name,
-                "ms": ms,
-                "ms_p20": p20,
-                "ms_p80": p80,
-                "tflops": flops / ms * 1e-9,
-                "gbps": least_bytes / ms * 1e-6,
-                "speedup": pd.Series(times["torch"]).median() / ms,
-                "fraction_of_floor": floor / ms,
-                "rel_error": errors.get(name),
-            }
-        )
-    return [{"dtype": args.dtype, "layout": args.layout, "M": M, "K": K, "N": N} | row for row in rows]
+        row = {"dtype": args.dtype, "layout": args.layout, "provider": name, "ms": ms, "ms_p20": p20, "ms_p80": p80}
+        rows.append(row | shape | {"speedup": pd.Series(times["torch"]).median() / ms})
+    return rows
+
+
+def measure_host_cost(args):
+    """Rows of the table: how long a call keeps the CPU busy, thousands of calls without a synchronisation."""
+    M, K, N = HOST_SHAPE
+    operands = make_operands(*make_inputs(M, K, N, DTYPES[args.dtype], args.layout, "cuda"), args)
+    names = [name for name in args.providers if name in ("torch", "torch.compile", "fused")]
+    contenders = make_contenders(names)
+    times = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for name, run in contenders.items():
+            run(operands)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                run(operands)
+            times[name].append((time.perf_counter() - start) * 1e3 / HOST_CALLS)
+    return summarize(times, {"M": M, "K": K, "N": N, "method": HOST}, args)
 
 
 def run_on_gpu(args):
@@ -203,9 +287,13 @@ def run_on_gpu(args):
     print(f"{args.dtype}, K = {K}, N = {N}, {args.layout} weights")
     ceilings = measure_ceilings(DTYPES[args.dtype])
     bandwidth, rate = ceilings
-    print(f"ceilings: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s\n")
+    print(f"ceilings: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
+    host_rows = measure_host_cost(args)
+    host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
+    print("host time of a call, us (M = {}, K = {}, N = {}): ".format(*HOST_SHAPE) + host_costs + "\n")
 
-    path = args.output_dir / "swiglu_benchmark.csv"
+    name = "swiglu_benchmark_rotating_weights.csv" if args.rotate_weights else "swiglu_benchmark.csv"
+    path = args.output_dir / name
     rows, status = [], 0
     with tqdm(
         total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None
@@ -216,8 +304,10 @@ def run_on_gpu(args):
                 if measured is None:
                     status = 1
                     break
-                rows += [properties | row for row in measured]
-                pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False, float_format="%.6g")
+                rows += measured
+                pd.DataFrame([properties | row for row in host_rows + rows], columns=COLUMNS).to_csv(
+                    path, index=False, float_format="%.6g"
+                )
         except KeyboardInterrupt:
             progress.write("\ninterrupted: what was measured is kept")
             status = 130
@@ -261,8 +351,9 @@ def run_interpreted(args):
 
 def print_table(table):
     """Median microseconds by M and provider, then the fused kernel's place."""
+    table = table[table.method != HOST]
     microseconds = table.pivot(index="M", columns="provider", values="ms") * 1e3
-    wide = microseconds[[name for name in PROVIDERS if name in microseconds]]
+    wide = microseconds[[name for name in PROVIDERS + PEERS if name in microseconds]]
     if "fused" in wide:
         fused = table[table.provider == "fused"].set_index("M")
         wide = wide.assign(**{"fused: speed-up": fused.speedup, "of the floor": fused.fraction_of_floor})
@@ -282,18 +373,22 @@ def plot(table, path):
     from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
+    table = table[table.method != HOST]
     colors = {
         "fused": "#d62728",
         "torch": "#1f77b4",
         "torch.compile": "#17a2b8",
         "packed torch.compile": "#2ca02c",
         "packed matmul only": "#9a9a9a",
+        "liger-kernel": "#e377c2",
+        "flash-swiglu-mlp": "#8c564b",
+        "quack-kernels": "#9467bd",
     }
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
     panels = (("speedup", "speed-up over eager PyTorch"), ("fraction_of_floor", "share of the card's limit reached"))
     for axis, (column, title) in zip(axes, panels, strict=True):
         ends = {}
-        for name in (name for name in PROVIDERS if name in set(table.provider)):
+        for name in (name for name in PROVIDERS + PEERS if name in set(table.provider)):
             rows = table[table.provider == name].sort_values("M")
             style = {"color": colors[name], "linewidth": 2.8 if name == "fused" else 1.6}
             if name == "packed matmul only":  # no contender: it leaves silu and the product out
@@ -319,8 +414,8 @@ def plot(table, path):
     axes[1].annotate(floor_text, (table.M.min(), 1), **place, color="grey", fontsize=9)
     first = table.iloc[0]
     figure.suptitle(
-        f"SwiGLU forward, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, {first.layout} weights "
-        f"(torch {first.torch}, triton {first.triton})",
+        f"SwiGLU forward, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, {first.layout} weights, "
+        f"{first.method} (torch {first.torch}, triton {first.triton})",
         fontsize=12,
     )
     figure.savefig(path, dpi=130)
@@ -370,8 +465,14 @@ def parse_args(argv=None):
     )
     layout_help = "linear: (N, K) in memory, as nn.Linear keeps them; row-major: (K, N)"
     parser.add_argument("--layout", choices=LAYOUTS, default="linear", help=layout_help)
-    provider_help = f"contenders, from: {', '.join(map(repr, PROVIDERS))}; torch is always there"
-    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS, metavar="P", help=provider_help)
+    provider_help = (
+        f"contenders, from: {', '.join(map(repr, PROVIDERS))} (torch is always there, all of these are the default); "
+        f"where installed: {', '.join(PEERS)}; or all"
+    )
+    providers = (*PROVIDERS, *PEERS, "all")
+    parser.add_argument("--providers", choices=providers, nargs="+", default=PROVIDERS, metavar="P", help=provider_help)
+    rotate_help = "several sets of weights in turn inside a CUDA graph, as in a model, instead of a flushed cache"
+    parser.add_argument("--rotate-weights", action="store_true", help=rotate_help)
     parser.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
     parser.add_argument("--plot", type=Path, metavar="CSV", help="only draw a CSV of an earlier run again")
     args = parser.parse_args(argv)
@@ -380,14 +481,15 @@ def parse_args(argv=None):
     K, N = MODELS[args.model or "llama-3-8b"]
     args.k, args.n = args.k or K, args.n or N
     args.m = sorted(set(args.m))
-    args.providers = [name for name in PROVIDERS if name == "torch" or name in args.providers]
+    chosen = {"torch", *args.providers}
+    args.providers = [name for name in PROVIDERS + PEERS if name in chosen or "all" in chosen]
     if args.plot and not args.plot.is_file():
         parser.error(f"--plot {args.plot}: no such file")
     if args.plot:
         args.table = pd.read_csv(args.plot)
         if missing := set(COLUMNS) - set(args.table):
             parser.error(f"--plot {args.plot}: no column {', '.join(sorted(missing))}")
-        if args.table.ms.isna().any():
+        if args.table.ms.isna().all():
             parser.error(f"--plot {args.plot}: holds no times, it comes from a machine without a GPU")
     return args
 

@@ -54,7 +54,7 @@ def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persist
 
 # In order of preference: the first that usable_configs() keeps is the default, which needs no tuning. The comments
 # say where each one won on an H100 (K = 4096, N = 14336); those without a place serve devices with less shared memory.
-# Those for more than 128 rows of 16-bit numbers won there before hopper_kernel: they are for other devices and for
+# Those for more than 128 rows of 16-bit numbers won there before swiglu_kernel_hopper: they are for other devices and for
 # operands that TMA does not take.
 CONFIGS = {
     "16-bit": [
@@ -459,7 +459,7 @@ if gluon:
         tma.store_wait(0)
 
     @gluon.jit(do_not_specialize=["M", "N", "K"])
-    def hopper_kernel(x_desc, w_gate_desc, w_up_desc, y_desc, M, N, K, ROW_MAJOR: gl.constexpr):
+    def swiglu_kernel_hopper(x_desc, w_gate_desc, w_up_desc, y_desc, M, N, K, ROW_MAJOR: gl.constexpr):
         """One warp only starts TMA loads, two consumers multiply. Weights lie (N, K) in memory, with ROW_MAJOR (K, N).
 
         No barrier joins the consumers, so that one keeps the tensor cores busy while the other is in its epilogue: 705
@@ -579,14 +579,14 @@ def tma_operands(rows, w_gate, w_up, device):
 
 
 def hopper_weights(w_gate, w_up):
-    """How hopper_kernel loads the weights: "row-major" (K, N), "linear" (N, K), or None if TMA takes neither."""
+    """How swiglu_kernel_hopper loads the weights: "row-major" (K, N), "linear" (N, K), or None if TMA takes neither."""
     if _tma_takes(w_gate) and _tma_takes(w_up):
         return "row-major"
     return "linear" if _tma_takes(w_gate.t()) and _tma_takes(w_up.t()) else None
 
 
 def hopper_applies(rows, w_gate, w_up, device):
-    """Whether hopper_kernel computes this call: it can, and it is faster.
+    """Whether swiglu_kernel_hopper computes this call: it can, and it is faster.
 
     Up to 128 rows reading the weights takes the time, which smaller tiles do better: 98 us against 104 at M = 128. With
     fewer than a third as many tiles as SMs nothing was measured.
@@ -648,7 +648,7 @@ def _first_launch(x, w_gate, w_up, y, autotune):
 
 
 def _launch_hopper(rows, w_gate, w_up, y):
-    """Fill y by hopper_kernel, and return the Launcher that does it again."""
+    """Fill y by swiglu_kernel_hopper, and return the Launcher that does it again."""
     (M, _, K), N, stride_xm = rows.shape, w_gate.shape[1], rows.stride(0)
     row_major = hopper_weights(w_gate, w_up) == "row-major"
     layout = gl.NVMMASharedLayout(swizzle_byte_width=2 * BOX.value, element_bitwidth=16)
@@ -666,7 +666,7 @@ def _launch_hopper(rows, w_gate, w_up, y):
         return x_desc, *w_descs, y_desc, M, N, K, row_major
 
     grid = (device_of(rows.device.index).num_sms, 1, 1)
-    compiled = hopper_kernel[grid](*arguments(rows, w_gate, w_up, y), **HOPPER_OPTIONS)
+    compiled = swiglu_kernel_hopper[grid](*arguments(rows, w_gate, w_up, y), **HOPPER_OPTIONS)
     return Launcher(compiled[grid], arguments, final=True)
 
 

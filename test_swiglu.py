@@ -448,7 +448,7 @@ def test_where_the_hopper_kernel_applies(monkeypatch):
 
 
 def compile_hopper(target, element, layout):
-    """hopper_kernel as the launcher would compile it, without a GPU."""
+    """swiglu_kernel_hopper as the launcher would compile it, without a GPU."""
     import triton
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -457,7 +457,9 @@ def compile_hopper(target, element, layout):
     swizzled = gl.NVMMASharedLayout(128, 16)
     types = {name: f"tensordesc<{element}[{rows[name]}, 64],{swizzled!r}>" for name in rows}
     types |= {"M": "i32", "N": "i32", "K": "i32", "ROW_MAJOR": "constexpr"}
-    source = GluonASTSource(fts.hopper_kernel, types, constexprs={(len(types) - 1,): layout == "row-major"}, attrs={})
+    source = GluonASTSource(
+        fts.swiglu_kernel_hopper, types, constexprs={(len(types) - 1,): layout == "row-major"}, attrs={}
+    )
     return triton.compile(source, target=target, options=fts.HOPPER_OPTIONS)
 
 
@@ -528,7 +530,7 @@ def compile_everything(target_name):
             result = compile_hopper(target, element, layout)
             compiled += 1
             if stack_bytes(result) or result.metadata.shared > device.shared_memory:
-                print(f"hopper_kernel {element} {layout}:", end=" ")
+                print(f"swiglu_kernel_hopper {element} {layout}:", end=" ")
                 print(f"{stack_bytes(result)} bytes of stack, {result.metadata.shared} of shared memory")
     print("compiled", compiled)
 
@@ -731,15 +733,36 @@ def test_benchmark(tmp_path):
     assert list(table) == benchmark.COLUMNS
     assert (table[table.provider == "fused"].rel_error < ROUNDING[torch.bfloat16]).all()
     if GPU:
-        assert [*zip(table.M, table.provider, strict=True)] == [(M, p) for M in (1, 65) for p in benchmark.PROVIDERS]
         assert (table.ms_p20 <= table.ms).all() and (table.ms <= table.ms_p80).all() and (table.ms > 0).all()
+        host, table = table[table.method == benchmark.HOST], table[table.method == benchmark.FLUSHED]
+        assert [*host.provider] == ["torch", "torch.compile", "fused"]
+        assert host.ms[host.provider == "fused"].item() < 1  # ms: no tuning is in it
+        assert [*zip(table.M, table.provider, strict=True)] == [(M, p) for M in (1, 65) for p in benchmark.PROVIDERS]
         assert (table.K == 264).all() and (table.N == 520).all()
         assert (tmp_path / "swiglu_benchmark.png").stat().st_size > 10_000
     else:
         assert "Speed was not measured" in done.stdout and benchmark.RECORDED_PLOT in done.stdout
         assert (HERE / benchmark.RECORDED_PLOT).is_file()
         assert set(table.dtype) == set(benchmark.DTYPES) and set(table.layout) == set(LAYOUTS)
-        assert table[["ms", "ms_p20", "ms_p80", "tflops", "gbps", "speedup", "fraction_of_floor"]].isna().all(axis=None)
+        assert (
+            table[["method", "ms", "ms_p20", "ms_p80", "tflops", "gbps", "speedup", "fraction_of_floor"]]
+            .isna()
+            .all(axis=None)
+        )
+
+
+@needs_gpu
+def test_benchmark_rotating_weights_and_peers(tmp_path):
+    """One file more, times of the same order, and a line for each peer that is not installed or does not run."""
+    small = ["--m", "65", "--k", "264", "--n", "520", "--providers", "all", "--rotate-weights"]
+    done = run_benchmark(*small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "swiglu_benchmark_rotating_weights.csv")
+    table = table[table.method == benchmark.ROTATING]
+    assert {*benchmark.PROVIDERS} <= {*table.provider}
+    assert table.ms.between(1e-3, 1).all()
+    for name in benchmark.PEERS:
+        assert (name in {*table.provider}) != (f"{name} left out: " in done.stdout + done.stderr)
 
 
 def test_benchmark_stops_at_a_wrong_kernel(tmp_path):
@@ -782,6 +805,7 @@ def test_benchmark_refuses(arguments, message, tmp_path, monkeypatch, capsys):
 
 def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     table = pd.read_csv((HERE / benchmark.RECORDED_PLOT).with_suffix(".csv"))
+    table = table[table.method == benchmark.FLUSHED]
 
     def measure(M, K, N, args, ceilings, progress):
         if M > 16:
@@ -790,6 +814,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "measure", measure)
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda dtype: (3e9, 8e11))
+    monkeypatch.setattr(benchmark, "measure_host_cost", lambda args: [])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     status = benchmark.run_on_gpu(benchmark.parse_args(["--m", "1", "16", "64", "--output-dir", str(tmp_path)]))
     assert status == 130
@@ -814,6 +839,7 @@ def test_readme_table_is_the_recorded_one():
     """| M | a column for each provider, in microseconds | speed-up of the fused kernel |, from the CSV."""
     readme = (HERE / "README.md").read_text()
     table = pd.read_csv((HERE / benchmark.RECORDED_PLOT).with_suffix(".csv"))
+    table = table[table.method == benchmark.FLUSHED].reset_index()
     microseconds = table.pivot(index="M", columns="provider", values="ms") * 1e3
     speedup = table[table.provider == "fused"].set_index("M").speedup
     for M in microseconds.index:
