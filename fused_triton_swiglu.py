@@ -54,7 +54,7 @@ def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persist
 
 # In order of preference: the first that usable_configs() keeps is the default, which needs no tuning. The comments
 # say where each one won on an H100 (K = 4096, N = 14336); those without a place serve devices with less shared memory.
-# Those for more than 128 rows of 16-bit numbers won there before swiglu_kernel_hopper: they are for other devices and for
+# Those for more than 128 rows of 16-bit numbers won before swiglu_kernel_hopper: they are for other devices and for
 # operands that TMA does not take.
 CONFIGS = {
     "16-bit": [

@@ -731,7 +731,8 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "swiglu_benchmark.csv")
     assert list(table) == benchmark.COLUMNS
-    assert (table[table.provider == "fused"].rel_error < ROUNDING[torch.bfloat16]).all()
+    fused = table[(table.provider == "fused") & (table.method != benchmark.HOST)]
+    assert (fused.rel_error < ROUNDING[torch.bfloat16]).all()
     if GPU:
         assert (table.ms_p20 <= table.ms).all() and (table.ms <= table.ms_p80).all() and (table.ms > 0).all()
         host, table = table[table.method == benchmark.HOST], table[table.method == benchmark.FLUSHED]
