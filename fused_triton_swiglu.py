@@ -7,6 +7,9 @@ https://arxiv.org/abs/2002.05202, without biases). Fused are both products, SiLU
 tile of x is loaded once for both products, both accumulators stay on chip, only y is written. Not fused is the
 down projection that follows in a model. There is no backward pass yet.
 
+There are two kernels. swiglu_kernel, in Triton, runs everywhere and is tuned. swiglu_kernel_hopper, in Gluon, Triton's
+lower level, is faster on Hopper GPUs for more than 128 rows of 16-bit numbers, and has nothing to tune.
+
     from fused_triton_swiglu import fused_swiglu
 
     y = fused_swiglu(x, gate_proj.weight.t(), up_proj.weight.t())  # nn.Linear keeps (N, K); t() copies nothing
@@ -744,8 +747,8 @@ def fused_swiglu(x, w_gate, w_up, *, autotune=True):
         w_gate: (K, N), of x's dtype and on x's device. `gate_proj.weight.t()` for an nn.Linear.
         w_up: (K, N), likewise.
         autotune: whether the first call with a new N, K, dtype, layout or power of two of rows may time the usable
-            configurations. That takes some seconds, once: Triton keeps the result on disk. With False, and always under
-            CUDA-graph capture, a call whose shape was not tuned before takes the default configuration.
+            configurations of swiglu_kernel. That takes some seconds, once: Triton keeps the result on disk. With False,
+            and always under CUDA-graph capture, a call whose shape was not tuned before takes the default one.
 
     Returns:
         (..., N), contiguous, x's dtype. Sums are in float32, SiLU too. float32 products follow

@@ -755,7 +755,7 @@ def test_benchmark(tmp_path):
 @needs_gpu
 def test_benchmark_rotating_weights_and_peers(tmp_path):
     """One file more, times of the same order, and a line for each peer that is not installed or does not run."""
-    small = ["--m", "65", "--k", "264", "--n", "520", "--providers", "all", "--rotate-weights"]
+    small = ["--m", "65", "--k", "2048", "--n", "4104", "--providers", "all", "--rotate-weights"]
     done = run_benchmark(*small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "swiglu_benchmark_rotating_weights.csv")
