@@ -286,10 +286,16 @@ def run_python(code, cwd, **environment):
     return done.stdout
 
 
-def test_file_works_when_copied_alone(tmp_path):
+@pytest.mark.parametrize("gluon", ["with Gluon", "without Gluon"])
+def test_file_works_when_copied_alone(gluon, tmp_path):
     shutil.copy(HERE / "fused_triton_swiglu.py", tmp_path)
+    hide = (
+        "import sys; sys.modules['triton.experimental.gluon.language.nvidia.hopper'] = None\n"
+        if gluon == "without Gluon"
+        else ""
+    )
     out = run_python(
-        "import torch\n"
+        f"{hide}import torch\n"
         "from fused_triton_swiglu import fused_swiglu\n"
         "assert not torch.cuda.is_initialized()  # nothing happens at import\n"
         f"x, w_gate, w_up = (torch.randn(s, device='{DEVICE}') for s in ((3, 5), (5, 7), (5, 7)))\n"
@@ -836,14 +842,30 @@ def test_recorded_results(path, tmp_path):
     assert (tmp_path / path.with_suffix(".png").name).stat().st_size > 10_000
 
 
-def test_readme_table_is_the_recorded_one():
+def recorded_times(name):
+    """A table of microseconds, rows by M and columns by provider, and the CSV it comes from."""
+    table = pd.read_csv(HERE / "results" / f"{name}.csv")
+    table = table[table.method == benchmark.FLUSHED].reset_index()
+    return table.pivot(index="M", columns="provider", values="ms") * 1e3, table
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_readme_tables_are_the_recorded_ones(layout):
     """| M | a column for each provider, in microseconds | speed-up of the fused kernel |, from the CSV."""
     readme = (HERE / "README.md").read_text()
-    table = pd.read_csv((HERE / benchmark.RECORDED_PLOT).with_suffix(".csv"))
-    table = table[table.method == benchmark.FLUSHED].reset_index()
-    microseconds = table.pivot(index="M", columns="provider", values="ms") * 1e3
-    speedup = table[table.provider == "fused"].set_index("M").speedup
-    for M in microseconds.index:
-        cells = [f"{M}", *(f"{microseconds[name][M]:.1f}" for name in benchmark.PROVIDERS), f"{speedup[M]:.2f}x"]
+    times, table = recorded_times(f"h100_bfloat16_{layout}")
+    for M, row in times.iterrows():
+        cells = [f"{M}", *(f"{row[name]:.1f}" for name in benchmark.PROVIDERS), f"{row.torch / row.fused:.2f}x"]
         assert "| " + " | ".join(cells) + " |" in readme
     assert str(table.gpu[0]) in readme and table.torch[0] in readme and table.triton[0] in readme
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ["8192x28672", "2048x5632", "1024x4096"])
+def test_readme_table_of_other_shapes_is_the_recorded_one(shape, layout):
+    """A row for each CSV: microseconds (times as fast as eager, as the packed form under torch.compile)."""
+    path = f"h100_bfloat16_{layout}_{shape}"
+    times, _ = recorded_times(path)
+    gains = zip(times.fused, times.torch / times.fused, times["packed torch.compile"] / times.fused, strict=True)
+    cells = [f"{fused:.1f} ({eager:.2f}x, {packed:.2f}x)" for fused, eager, packed in gains]
+    assert f"[{layout}](results/{path}.csv) | {' | '.join(cells)} |" in (HERE / "README.md").read_text()
