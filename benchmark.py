@@ -209,7 +209,7 @@ def measure(M, K, N, args, ceilings, progress):
         except Exception as error:
             if name not in PEERS:
                 raise
-            progress.write(f"M = {M:5}  {name} left out: {type(error).__name__}: {str(error).splitlines()[:1]}")
+            progress.write(f"M = {M:5}  {name} left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             del contenders[name]
     if "fused" in contenders:
         correct, errors["fused"] = check(lambda: contenders["fused"](operands[0]), expected)

@@ -425,7 +425,7 @@ def test_hopper_kernel(dtype, layout):
 
 def test_where_the_hopper_kernel_applies(monkeypatch):
     monkeypatch.setattr(fts, "INTERPRETED", False)
-    M, K, N = 300, 72, 136 * 20
+    M, K, N = 300, 72, 136 * 45
     x, w_gate, w_up = make_inputs(M, K, N, torch.bfloat16, "linear", "cpu")
     row_major = w_gate.contiguous(), w_up.contiguous()
     padded = torch.empty(M, K + 1, dtype=torch.bfloat16)[:, :K]
@@ -441,6 +441,7 @@ def test_where_the_hopper_kernel_applies(monkeypatch):
         (False, x, w_gate, row_major[1]),
         (False, x, w_gate, unaligned),
         (False, padded, w_gate, w_up),
+        (False, torch.cat([x, x], dim=1)[:, ::2], w_gate, w_up),
         (False, x.t().contiguous().t(), w_gate, w_up),
         (False, x.float(), w_gate.float(), w_up.float()),
     ]
