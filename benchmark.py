@@ -327,7 +327,7 @@ def run_interpreted(args):
     from fused_triton_swiglu import fused_swiglu
 
     print("No GPU found: checking the kernel through Triton's interpreter, in all dtypes and layouts.")
-    print("The shapes are small and fixed there: --m, --k, --n, --model, --dtype and --layout say nothing.\n")
+    print("The shapes are small and fixed there: of the options only --output-dir matters.\n")
     properties = environment("none (Triton interpreter)")
     rows, status = [], 0
     cases = [(*shape, d, lay) for d in DTYPES for lay in LAYOUTS for shape in INTERPRETED_SHAPES]

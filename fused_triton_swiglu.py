@@ -375,6 +375,7 @@ if gluon:
         HALF: gl.constexpr = WIDTH // BOX  # the boxes of w_gate, then as many of w_up, make one operand
         for k in range(0, K, BOX):
             stage = step % STAGES
+            # The phase before the first counts as done, so the first round of stages is free at once.
             mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
             ready = full.index(stage)
             mbarrier.expect(ready, x_desc.block_type.nbytes + 2 * HALF * w_gate_desc.block_type.nbytes)
@@ -414,12 +415,16 @@ if gluon:
         ROW_MAJOR: gl.constexpr,
     ):
         """One consumer's rows and WIDTH columns of y, from the loaded stages to the store. Returns the next step."""
+        # ---- Where its operands are ----
+        # The boxes of a stage lie one behind the other just as the swizzled layout of one wide operand has them, in
+        # either layout of the weights: one wgmma of n = 2 * WIDTH, and no distance between the weights to describe.
         x_buffers, w_buffers, full, empty = buffers
         ROWS: gl.constexpr = TILE_M // CONSUMERS
         OPERANDS: gl.constexpr = w_buffers.shape[0] * BOX // (2 * WIDTH)
         SHAPE_W: gl.constexpr = [OPERANDS, BOX, 2 * WIDTH] if ROW_MAJOR else [OPERANDS, 2 * WIDTH, BOX]
         w_operands = w_buffers._reinterpret(w_buffers.dtype, SHAPE_W, w_buffers.layout)
 
+        # ---- One K loop for both products ----
         acc = gl.zeros([ROWS, 2 * WIDTH], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, 16]))
         for k in range(0, K, BOX):
             stage = step % STAGES
@@ -435,6 +440,7 @@ if gluon:
         acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
+        # ---- Epilogue: as in swiglu_kernel; y leaves through shared memory ----
         gate, up = acc.reshape([ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
         y = silu_mul(gate, up).to(y_desc.dtype)
         FIRST_BOX: gl.constexpr = CONSUMER * (TILE_N // BOX)
@@ -465,6 +471,7 @@ if gluon:
     def swiglu_kernel_hopper(x_desc, w_gate_desc, w_up_desc, y_desc, M, N, K, ROW_MAJOR: gl.constexpr):
         """One warp only starts TMA loads, two consumers multiply. Weights lie (N, K) in memory, with ROW_MAJOR (K, N).
 
+        Which tile: hopper_schedule and hopper_offsets; operands: hopper_load; K loop and epilogue: hopper_compute.
         No barrier joins the consumers, so that one keeps the tensor cores busy while the other is in its epilogue: 705
         -> 676 us at M = 2048 against one consumer of eight warps. There swiglu_kernel takes 727 and cuBLAS 692 for the
         products alone (one run).
@@ -488,6 +495,7 @@ if gluon:
                 (hopper_producer, (x_desc, w_gate_desc, w_up_desc, buffers, M, N, K, ROW_MAJOR)),
             ],
             worker_num_warps=[4, 1],
+            # A consumer's accumulator takes 128 registers of each thread, the epilogue nearly as many; loads take few.
             worker_num_regs=[240, 24],
         )
 
