@@ -37,11 +37,15 @@ MODELS = {  # K (hidden size), N (intermediate size)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAYOUTS = ("linear", "row-major")
 PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "packed matmul only")
+BACKWARD_PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "fused, recomputing")
 PEERS = ("liger-kernel", "flash-swiglu-mlp", "quack-kernels")  # other people's packages, timed where installed
-# What `ms` is: GPU time after a cache flush; GPU time where weights take turns; time that a call keeps the CPU busy.
-FLUSHED, ROTATING, HOST = "flushed cache", "rotating weights", "host"
+EVERY_PROVIDER = tuple(dict.fromkeys(PROVIDERS + BACKWARD_PROVIDERS + PEERS))
+# What `ms` is: GPU time after a cache flush, of the forward pass or of both; GPU time where weights take turns; time
+# that a call keeps the CPU busy.
+FLUSHED, BACKWARD, ROTATING, HOST = "flushed cache", "forward + backward, flushed cache", "rotating weights", "host"
 COLUMNS = ["gpu", "torch", "triton", "dtype", "layout", "M", "K", "N", "provider", "method"]
 COLUMNS += ["ms", "ms_p20", "ms_p80", "tflops", "gbps", "speedup", "fraction_of_floor", "rel_error"]
+COLUMNS += ["peak_mib", "kept_mib"]  # both passes only: beyond inputs; and between the passes, beyond inputs and result
 RECORDED_PLOT = "results/h100_bfloat16_linear.png"
 
 # The fused result is rounded once, to half a unit in the last place; twice that is allowed, plus what float32 sums
@@ -51,6 +55,8 @@ TOLERANCES = {
     torch.float16: {"rtol": 2**-10, "atol": 1e-4},
     torch.float32: {"rtol": 2e-5, "atol": 2e-5},
 }
+# What one rounding to the dtype costs at most, norm over norm; for float32, what a sum over K = 4096 costs.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 3e-6}
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
 ROUNDS = 5
 ROTATION_BYTES = 2**30  # of weights: many times any L2 cache
@@ -73,14 +79,40 @@ def make_inputs(M, K, N, dtype, layout, device):
     return x.to(dtype), *weights
 
 
-def reference(x, w_gate, w_up):
-    """The result in float64, or in float32 where float64 does not fit into the GPU's memory."""
+def make_dy(M, N, dtype, device):
+    """A gradient of the result, of order one."""
+    generator = torch.Generator(device).manual_seed(M + N)
+    return torch.randn(M, N, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+
+def reference(x, w_gate, w_up, dy=None):
+    """The result in float64, or in float32 where float64 does not fit into the GPU's memory.
+
+    With dy, the gradient of the result, also the gradients of the three inputs.
+    """
     dtype = torch.float64
     if x.is_cuda:
         elements = x.numel() + 2 * w_gate.numel() + 5 * x.shape[0] * w_gate.shape[1]
-        if 8 * elements > torch.cuda.mem_get_info(x.device)[0]:
+        if (8 if dy is None else 24) * elements > torch.cuda.mem_get_info(x.device)[0]:
             dtype = torch.float32
-    return torch_swiglu(*(t.to(dtype) for t in (x, w_gate, w_up)))
+    inputs = [t.detach().to(dtype) for t in (x, w_gate, w_up)]
+    if dy is None:
+        return torch_swiglu(*inputs)
+    return differentiated(lambda leaves: torch_swiglu(*leaves), dy.to(dtype))([t.requires_grad_() for t in inputs])
+
+
+def differentiated(run, dy):
+    """`run`, a function of several leaves, and its backward pass: a function of the same.
+
+    It returns the result and the gradient of each leaf that requires one, None if the result does not depend on it.
+    """
+
+    def both_passes(leaves):
+        y = run(leaves)
+        leaves = [t for t in leaves if t is not None and t.requires_grad]
+        return y.detach(), *torch.autograd.grad(y, leaves, dy, allow_unused=True)
+
+    return both_passes
 
 
 def relative_error(result, expected):
@@ -98,13 +130,32 @@ def nan_in_new_memory():
         torch.use_deterministic_algorithms(False)
 
 
-def check(run, expected):
-    """Whether `run()` is right, and its relative error."""
+def relative_errors(results, expected):
+    """Of the result alone, or of the result and the gradients of x, w_gate and w_up."""
+    if isinstance(results, torch.Tensor):
+        return [relative_error(results, expected)]
+    y, dx, dw_gate, dw_up, *dw_packed = results
+    if dw_gate is None:
+        dw_gate, dw_up = dw_packed[0].chunk(2, dim=1)
+    return [relative_error(*pair) for pair in zip((y, dx, dw_gate, dw_up), expected, strict=True)]
+
+
+def check(run, expected, eager_errors=None):
+    """Whether `run()` is right, and its relative errors. Those of gradients are judged by eager PyTorch's."""
     run()  # tuning runs every configuration over one output: only the call after it shows what is unwritten
     with nan_in_new_memory():
-        result = run()
-    correct = torch.allclose(result.to(expected.dtype), expected, **TOLERANCES[result.dtype])
-    return correct, relative_error(result, expected)
+        results = run()
+    errors = relative_errors(results, expected)
+    y, expected_y = (results, expected) if len(errors) == 1 else (results[0], expected[0])
+    correct = torch.allclose(y.to(expected_y.dtype), expected_y, **TOLERANCES[y.dtype])
+    for error, eager_error in zip(errors[1:], (eager_errors or [])[1:], strict=True):
+        correct &= error <= gradient_limit(y.dtype, eager_error)
+    return correct, errors
+
+
+def gradient_limit(dtype, eager_error):
+    """The relative error that a gradient may have: eager PyTorch's, or what rounding gate, dgate and it may cost."""
+    return max(1.05 * eager_error, 2 * ROUNDING[dtype])
 
 
 # ---- Contenders and ceilings ----
@@ -125,6 +176,15 @@ def make_operands(x, w_gate, w_up, args):
     w_packed = torch.cat([gate_t, up_t]).t() if args.layout == "linear" else torch.cat([w_gate, w_up], dim=1)
     w_interleaved = torch.stack([gate_t, up_t], dim=1).flatten(0, 1) if "quack-kernels" in args.providers else None
     return Operands(x, w_gate, w_up, w_packed, w_interleaved)
+
+
+def timed_operands(M, K, N, args):
+    """Operands, and where the backward pass is timed as well the gradient of the result, else None."""
+    operands = make_operands(*make_inputs(M, K, N, DTYPES[args.dtype], args.layout, "cuda"), args)
+    if not args.backward:
+        return operands, None
+    operands = Operands(*(t if t is None else t.requires_grad_() for t in operands))
+    return operands, make_dy(M, N, DTYPES[args.dtype], "cuda")
 
 
 def make_contenders(names):
@@ -158,6 +218,7 @@ def make_contenders(names):
         "torch.compile": lambda o: compiled(o.x, o.w_gate, o.w_up),
         "packed torch.compile": lambda o: packed_compiled(o.x, o.w_packed),
         "fused": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up),
+        "fused, recomputing": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up, recompute=True),
         "packed matmul only": lambda o: o.x @ o.w_packed,
         "liger-kernel": liger,
         "flash-swiglu-mlp": flash_swiglu_mlp,
@@ -186,6 +247,14 @@ def measure_ceilings(dtype):
 # ---- Runs ----
 
 
+def error_line(provider, dtype, correct, errors, eager_errors):
+    verdict = "" if correct else f"WRONG, beyond {TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error: "
+    pairs = zip(("y", "dx", "dw_gate", "dw_up"), errors, eager_errors, strict=False)
+    return f"{verdict}error of {provider} (of eager PyTorch): " + ", ".join(
+        f"{name} {error:.1e} ({eager_error:.1e})" for name, error, eager_error in pairs
+    )
+
+
 def environment(gpu):
     import triton
 
@@ -195,29 +264,33 @@ def environment(gpu):
 def measure(M, K, N, args, ceilings, progress):
     """Rows of the table for one M, or None if the fused kernel is wrong there."""
     dtype = DTYPES[args.dtype]
-    x, w_gate, w_up = inputs = make_inputs(M, K, N, dtype, args.layout, "cuda")
-    operands = [make_operands(*inputs, args)]
-    contenders = make_contenders(args.providers)
-    expected = reference(*inputs)
+    first, dy = timed_operands(M, K, N, args)
+    operands = [first]
+    x, w_gate, w_up = inputs = first[:3]
+    contenders = forward = make_contenders(args.providers)
+    if args.backward:
+        contenders = {name: differentiated(run, dy) for name, run in forward.items()}
+    expected = reference(*inputs, dy)
+    reference_dtype = expected[0].dtype
 
-    errors = {}
+    errors, memory = {}, {}
     for name, run in [*contenders.items()]:
         if name == "packed matmul only":
             continue
         try:
-            errors[name] = relative_error(run(operands[0]), expected)
+            errors[name] = relative_errors(run(operands[0]), expected)
         except Exception as error:
             if name not in PEERS:
                 raise
             progress.write(f"M = {M:5}  {name} left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             del contenders[name]
-    if "fused" in contenders:
-        correct, errors["fused"] = check(lambda: contenders["fused"](operands[0]), expected)
-        verdict = "" if correct else f"WRONG, beyond {TOLERANCES[dtype]}: "
-        line = (
-            f"{verdict}error against {expected.dtype}: fused {errors['fused']:.1e}, eager PyTorch {errors['torch']:.1e}"
-        )
-        progress.write(f"M = {M:5}  {line}")
+            continue
+        if args.backward:
+            memory[name] = memory_of(forward[name], operands[0], dy)
+    for name in [name for name in contenders if name.startswith("fused")]:
+        correct, errors[name] = check(lambda run=contenders[name]: run(operands[0]), expected, errors["torch"])
+        line = error_line(name, dtype, correct, errors[name], errors["torch"])
+        progress.write(f"M = {M:5}  {line}, against {reference_dtype}")
         if not correct:
             return None
     del expected
@@ -227,30 +300,45 @@ def measure(M, K, N, args, ceilings, progress):
         # w * 1 keeps the layout
         operands += [make_operands(x, w_gate * 1, w_up * 1, args) for _ in range(sets - 1)]
     times = {name: [] for name in contenders}
-    for _ in range(ROUNDS):  # in turn, so that a drifting clock hits all of them alike
-        for name, run in contenders.items():
+    for i in range(ROUNDS):  # in turn, so that a drifting clock hits all of them alike, and each after another one
+        for name in [*contenders][i:] + [*contenders][:i]:
             progress.set_description(f"M = {M}, {name}")
-            times[name] += gpu_times(run, operands)
+            times[name] += gpu_times(contenders[name], operands, args)
             progress.update()
 
     bandwidth, rate = ceilings
-    flops = 4 * M * N * K
-    least_bytes = x.element_size() * (M * K + 2 * K * N + M * N)
+    flops = 4 * M * N * K * (1 + 2 * args.backward)
+    least_bytes = x.element_size() * (M * K + 2 * K * N + M * N) * (1 + args.backward)
     floor = max(least_bytes / bandwidth, flops / rate)
-    rows = summarize(times, {"M": M, "K": K, "N": N, "method": ROTATING if args.rotate_weights else FLUSHED}, args)
+    method = ROTATING if args.rotate_weights else BACKWARD if args.backward else FLUSHED
+    rows = summarize(times, {"M": M, "K": K, "N": N, "method": method}, args)
     for row in rows:
         row["tflops"] = flops / row["ms"] * 1e-9
         row["gbps"] = least_bytes / row["ms"] * 1e-6
         row["fraction_of_floor"] = floor / row["ms"]
-        row["rel_error"] = errors.get(row["provider"])
+        row["rel_error"] = max(errors.get(row["provider"], [math.nan]))
+        row["peak_mib"], row["kept_mib"] = memory.get(row["provider"], (None, None))
     return rows
 
 
-def gpu_times(run, operands):
+def memory_of(run, leaves, dy):
+    """MiB: at most during both passes beyond the leaves and dy, and kept between the two beyond the result as well."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = run(leaves)
+    kept = torch.cuda.memory_allocated() - before - y.nbytes
+    differentiated(lambda leaves: y, dy)(leaves)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20, kept / 2**20
+
+
+def gpu_times(run, operands, args):
     """Milliseconds per call: after a flush of the cache, or with several operands in turn inside one CUDA graph."""
     from triton.testing import do_bench, do_bench_cudagraph
 
-    if len(operands) == 1:
+    if args.backward:  # long enough to meet the card's power limit, at which it trains
+        return do_bench(lambda: run(operands[0]), warmup=100, rep=300, return_mode="all")
+    if not args.rotate_weights:
         return do_bench(lambda: run(operands[0]), warmup=10, rep=60, return_mode="all")
     all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=20, return_mode="all")
     return [ms / len(operands) for ms in all_in_turn]
@@ -269,9 +357,11 @@ def summarize(times, shape, args):
 def measure_host_cost(args):
     """Rows of the table: how long a call keeps the CPU busy, thousands of calls without a synchronisation."""
     M, K, N = HOST_SHAPE
-    operands = make_operands(*make_inputs(M, K, N, DTYPES[args.dtype], args.layout, "cuda"), args)
+    operands, dy = timed_operands(M, K, N, args)
     names = [name for name in args.providers if name in ("torch", "torch.compile", "fused")]
     contenders = make_contenders(names)
+    if args.backward:
+        contenders = {name: differentiated(run, dy) for name, run in contenders.items()}
     times = {name: [] for name in names}
     for _ in range(ROUNDS):
         for name, run in contenders.items():
@@ -294,10 +384,11 @@ def run_on_gpu(args):
     print(f"ceilings: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
     host_rows = measure_host_cost(args)
     host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
-    print("host time of a call, us (M = {}, K = {}, N = {}): ".format(*HOST_SHAPE) + host_costs + "\n")
+    passes = "both passes" if args.backward else "a call"
+    print(f"host time of {passes}, us (M = {{}}, K = {{}}, N = {{}}): ".format(*HOST_SHAPE) + host_costs + "\n")
 
-    name = "swiglu_benchmark_rotating_weights.csv" if args.rotate_weights else "swiglu_benchmark.csv"
-    path = args.output_dir / name
+    kind = "_backward" if args.backward else "_rotating_weights" if args.rotate_weights else ""
+    path = args.output_dir / f"swiglu_benchmark{kind}.csv"
     rows, status = [], 0
     with tqdm(
         total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None
@@ -327,23 +418,29 @@ def run_interpreted(args):
     from fused_triton_swiglu import fused_swiglu
 
     print("No GPU found: checking the kernel through Triton's interpreter, in all dtypes and layouts.")
-    print("The shapes are small and fixed there: of the options only --output-dir matters.\n")
+    print("The shapes are small and fixed there: of the options only --backward and --output-dir matter.\n")
     properties = environment("none (Triton interpreter)")
     rows, status = [], 0
     cases = [(*shape, d, lay) for d in DTYPES for lay in LAYOUTS for shape in INTERPRETED_SHAPES]
     for M, K, N, dtype, layout in tqdm(cases, unit="case", leave=False, dynamic_ncols=True, disable=None):
         inputs = make_inputs(M, K, N, DTYPES[dtype], layout, "cpu")
-        expected = reference(*inputs)
-        correct, error = check(functools.partial(fused_swiglu, *inputs), expected)
-        eager_error = relative_error(torch_swiglu(*inputs), expected)
-        status |= not correct
+        runs, dy = {"torch": lambda t: torch_swiglu(*t), "fused": lambda t: fused_swiglu(*t)}, None
+        if args.backward:
+            inputs = [t.requires_grad_() for t in inputs]
+            dy = make_dy(M, N, DTYPES[dtype], "cpu")
+            runs["fused, recomputing"] = lambda t: fused_swiglu(*t, recompute=True)
+            runs = {provider: differentiated(run, dy) for provider, run in runs.items()}
+        expected = reference(*inputs, dy)
+        eager_errors = relative_errors(runs.pop("torch")(inputs), expected)
         shape = {"dtype": dtype, "layout": layout, "M": M, "K": K, "N": N}
-        for provider, e in (("torch", eager_error), ("fused", error)):
-            rows.append(properties | shape | {"provider": provider, "rel_error": e})
-        verdict = "" if correct else f"   WRONG, beyond {TOLERANCES[DTYPES[dtype]]}"
-        errors = f"error: fused {error:.1e}, eager PyTorch {eager_error:.1e}"
-        tqdm.write(f"{dtype:9} {layout:10} M = {M:3}  K = {K:3}  N = {N:3}  {errors}{verdict}")
-    path = args.output_dir / "swiglu_benchmark.csv"
+        rows.append(properties | shape | {"provider": "torch", "rel_error": max(eager_errors)})
+        for provider, run in runs.items():
+            correct, errors = check(functools.partial(run, inputs), expected, eager_errors)
+            status |= not correct
+            rows.append(properties | shape | {"provider": provider, "rel_error": max(errors)})
+            line = f"{dtype:9} {layout:10} M = {M:3}  K = {K:3}  N = {N:3}  "
+            tqdm.write(line + error_line(provider, DTYPES[dtype], correct, errors, eager_errors))
+    path = args.output_dir / f"swiglu_benchmark{'_backward' if args.backward else ''}.csv"
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False, float_format="%.6g")
     print(f"\n{path}")
     print(f"Speed was not measured: that needs a GPU. The plot of a recorded run on an H100 is {RECORDED_PLOT}")
@@ -354,32 +451,43 @@ def run_interpreted(args):
 
 
 def print_table(table):
-    """Median microseconds by M and provider, then the fused kernel's place."""
+    """Median microseconds by M and provider, then the fused kernel's place, and memory where it was measured."""
     table = table[table.method != HOST]
-    microseconds = table.pivot(index="M", columns="provider", values="ms") * 1e3
-    wide = microseconds[[name for name in PROVIDERS + PEERS if name in microseconds]]
-    if "fused" in wide:
-        fused = table[table.provider == "fused"].set_index("M")
-        wide = wide.assign(**{"fused: speed-up": fused.speedup, "of the floor": fused.fraction_of_floor})
+    columns = [name for name in EVERY_PROVIDER if name in set(table.provider)]
+    microseconds = table.pivot(index="M", columns="provider", values="ms")[columns] * 1e3
     formats = dict.fromkeys(microseconds, "{:.1f}".format) | {
         "fused: speed-up": "{:.2f}x".format,
         "of the floor": "{:.0%}".format,
     }
+    if "fused" in columns:
+        fused = table[table.provider == "fused"].set_index("M")
+        microseconds = microseconds.assign(
+            **{"fused: speed-up": fused.speedup, "of the floor": fused.fraction_of_floor}
+        )
     print("\nmicroseconds, median\n")
-    print(wide.to_string(formatters={name: formats[name] for name in wide}, index_names=True))
+    print(microseconds.to_string(formatters={name: formats[name] for name in microseconds}))
+    for column, title in (("peak_mib", "at most, beyond the inputs"), ("kept_mib", "kept for the backward pass")):
+        if table[column].notna().any():
+            print(f"\nMiB {title}\n")
+            print(
+                table.pivot(index="M", columns="provider", values=column)[columns].to_string(
+                    float_format="{:.0f}".format
+                )
+            )
 
 
 def plot(table, path):
-    """Speed-up over eager PyTorch and share of the floor over M, for one shape."""
+    """Speed-up over eager PyTorch by M, for one shape; beside it the share of the floor or, for both passes, memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-    table = table[table.method != HOST]
+    table = table[table.method != HOST].sort_values("M")
     colors = {
         "fused": "#d62728",
+        "fused, recomputing": "#ff7f0e",
         "torch": "#1f77b4",
         "torch.compile": "#17a2b8",
         "packed torch.compile": "#2ca02c",
@@ -388,18 +496,24 @@ def plot(table, path):
         "flash-swiglu-mlp": "#8c564b",
         "quack-kernels": "#9467bd",
     }
+    passes, right = "forward", ("fraction_of_floor", "share of the card's limit reached, higher is better")
+    if table.peak_mib.notna().any():
+        eager = table[table.provider == "torch"].set_index("M").peak_mib
+        table = table.assign(memory=table.peak_mib / table.M.map(eager))
+        passes, right = "forward + backward", ("memory", "peak memory beyond the inputs, lower is better")
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
-    panels = (("speedup", "speed-up over eager PyTorch"), ("fraction_of_floor", "share of the card's limit reached"))
+    panels = (("speedup", "speed-up over eager PyTorch, higher is better"), right)
     for axis, (column, title) in zip(axes, panels, strict=True):
         ends = {}
-        for name in (name for name in PROVIDERS + PEERS if name in set(table.provider)):
-            rows = table[table.provider == name].sort_values("M")
+        for name in (name for name in EVERY_PROVIDER if name in set(table.provider)):
+            rows = table[table.provider == name]
             style = {"color": colors[name], "linewidth": 2.8 if name == "fused" else 1.6}
             if name == "packed matmul only":  # no contender: it leaves silu and the product out
                 style["linestyle"] = ":"
             axis.plot(rows.M, rows[column], marker="o", markersize=4, **style)
-            low, high = rows[column] * rows.ms / rows.ms_p80, rows[column] * rows.ms / rows.ms_p20
-            axis.fill_between(rows.M, low, high, color=colors[name], alpha=0.1, linewidth=0)
+            if column != "memory":
+                low, high = rows[column] * rows.ms / rows.ms_p80, rows[column] * rows.ms / rows.ms_p20
+                axis.fill_between(rows.M, low, high, color=colors[name], alpha=0.1, linewidth=0)
             ends[name] = rows[column].iloc[-1]
         label_ends(axis, ends, colors, table.M.max())
         axis.set_xscale("log", base=2)
@@ -407,19 +521,22 @@ def plot(table, path):
         axis.minorticks_off()
         axis.margins(x=0.02)
         axis.set_xlabel("M (rows of x: tokens)")
-        axis.set_title(f"{title}, higher is better")
+        axis.set_title(title)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}x"))
     axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes[1].axhline(1, color="grey", linestyle="--", linewidth=1.2)
-    floor_text = "floor: measured bandwidth or matmul rate"
-    place = {"xytext": (0, 4), "textcoords": "offset points"}
-    axes[1].annotate(floor_text, (table.M.min(), 1), **place, color="grey", fontsize=9)
+    if passes == "forward":
+        axes[1].axhline(1, color="grey", linestyle="--", linewidth=1.2)
+        floor_text = "floor: measured bandwidth or matmul rate"
+        place = {"xytext": (0, 4), "textcoords": "offset points"}
+        axes[1].annotate(floor_text, (table.M.min(), 1), **place, color="grey", fontsize=9)
+    else:
+        axes[1].set_ylabel("of eager PyTorch's")
     first = table.iloc[0]
     figure.suptitle(
-        f"SwiGLU forward, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, {first.layout} weights, "
-        f"{first.method} (torch {first.torch}, triton {first.triton})",
+        f"SwiGLU {passes}, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, {first.layout} weights, "
+        f"{first.method.split(', ')[-1]} (torch {first.torch}, triton {first.triton})",
         fontsize=12,
     )
     figure.savefig(path, dpi=130)
@@ -470,11 +587,12 @@ def parse_args(argv=None):
     layout_help = "linear: (N, K) in memory, as nn.Linear keeps them; row-major: (K, N)"
     parser.add_argument("--layout", choices=LAYOUTS, default="linear", help=layout_help)
     provider_help = (
-        f"contenders, from: {', '.join(map(repr, PROVIDERS))} (torch is always there, all of these are the default); "
-        f"where installed: {', '.join(PEERS)}; or all"
+        f"contenders, from: {', '.join(map(repr, EVERY_PROVIDER))}, or all (torch is always there; "
+        f"{', '.join(PEERS)} only if named and installed)"
     )
-    providers = (*PROVIDERS, *PEERS, "all")
-    parser.add_argument("--providers", choices=providers, nargs="+", default=PROVIDERS, metavar="P", help=provider_help)
+    parser.add_argument("--providers", choices=(*EVERY_PROVIDER, "all"), nargs="+", metavar="P", help=provider_help)
+    backward_help = "the forward and the backward pass together, and the memory they take"
+    parser.add_argument("--backward", action="store_true", help=backward_help)
     rotate_help = "several sets of weights in turn inside a CUDA graph, as in a model, instead of a flushed cache"
     parser.add_argument("--rotate-weights", action="store_true", help=rotate_help)
     parser.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
@@ -485,8 +603,13 @@ def parse_args(argv=None):
     K, N = MODELS[args.model or "llama-3-8b"]
     args.k, args.n = args.k or K, args.n or N
     args.m = sorted(set(args.m))
-    chosen = {"torch", *args.providers}
-    args.providers = [name for name in PROVIDERS + PEERS if name in chosen or "all" in chosen]
+    if args.backward and args.rotate_weights:
+        parser.error("--backward and --rotate-weights exclude each other")
+    own = BACKWARD_PROVIDERS if args.backward else PROVIDERS
+    if wrong := set(args.providers or ()) - {*own, *PEERS, "all"}:
+        parser.error(f"--providers {' '.join(sorted(wrong))}: not {'with' if args.backward else 'without'} --backward")
+    chosen = {"torch", *(args.providers or own)}
+    args.providers = [name for name in own + PEERS if name in chosen or "all" in chosen]
     if args.plot and not args.plot.is_file():
         parser.error(f"--plot {args.plot}: no such file")
     if args.plot:
