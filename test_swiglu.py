@@ -343,7 +343,8 @@ def test_only_what_is_needed(needs, recompute):
     for gradient, right in zip(gradients, expected, strict=True):
         assert relative_error(gradient, right) <= ROUNDING[torch.float32]
     with CountCalls() as count, torch.no_grad():
-        fts._backward(dy, x, w_gate, w_up, None if recompute else gate_up[0], list(needs))
+        d = fts._differentiate_activation(dy, x, w_gate, w_up, None if recompute else gate_up[0])
+        fts._gradients(d, x, w_gate, w_up, list(needs))
     assert count.calls.get("mm", 0) == sum(needs) + 2 * recompute
     assert sum(n for name, n in count.calls.items() if name.startswith("addmm")) == needs[0]
 
@@ -394,7 +395,7 @@ def test_gradient_of_x_is_one_accumulation():
         w_up = (randn(K, N, scale=N**-0.5 / 32) - w_gate).bfloat16()
         d = torch.cat([d, d], dim=1)
         dx = torch.full((M, K), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        fts._multiply_both(d, w_gate, w_up, dx)
+        fts._multiply_both(*d.split(N, dim=1), w_gate, w_up, dx)
         expected = d[:, :N].double() @ (w_gate.double() + w_up.double()).t()
         assert relative_error(dx, expected) <= ROUNDING[torch.bfloat16]
 
@@ -427,12 +428,11 @@ def test_opcheck(shape, keep):
     x = randn(*shape).requires_grad_()
     torch.library.opcheck(fts.swiglu_op, (x, w_gate, w_up, keep, True))
     gate_up = randn(*shape[:-1], 48) if keep else None
-    tensors = [t if t is None else t.detach() for t in (randn(*shape[:-1], 24), x, w_gate, w_up, gate_up)]
+    x, w_gate, w_up, dy, d = (t.detach() for t in (x, w_gate, w_up, randn(*shape[:-1], 24), randn(*shape[:-1], 48)))
+    torch.library.opcheck(fts.activation_backward_op, (dy, None if keep else x, w_gate, w_up, gate_up))
     for needs in ([True, True, True], [True, False, True], [False, True, False]):
-        torch.library.opcheck(fts.swiglu_backward_op, (*tensors, needs))
-    if keep:
-        tensors[1] = None
-        torch.library.opcheck(fts.swiglu_backward_op, (*tensors, [True, False, False]))
+        torch.library.opcheck(fts.gradients_op, (d, x, w_gate, w_up, needs))
+    torch.library.opcheck(fts.gradients_op, (d, None, w_gate, w_up, [True, False, False]))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -494,6 +494,17 @@ def test_autocast(dtype):
             fused_swiglu(leaves[0].double(), *leaves[1:])
         with torch.autocast(DEVICE, enabled=False):
             assert fused_swiglu(*leaves).dtype == torch.float32
+        # Computed elsewhere in another dtype: autocast during the backward pass does not matter either.
+        for other in (torch.float32, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+            with torch.autocast(DEVICE, enabled=False):
+                unlike = [t.detach().to(other).requires_grad_() for t in leaves]
+                y_other = fused_swiglu(*unlike, recompute=True)
+            in_autocast = torch.autograd.grad(y_other, unlike, dy.to(other), retain_graph=True)
+            with torch.autocast(DEVICE, enabled=False):
+                assert all(
+                    torch.equal(a, b)
+                    for a, b in zip(in_autocast, torch.autograd.grad(y_other, unlike, dy.to(other)), strict=True)
+                )
     outside = torch.autograd.grad(y, leaves, dy)
     rounded = [t.detach().to(dtype) for t in leaves]
     expected = reference(*rounded, dy)
@@ -593,6 +604,17 @@ def test_memory_kept_for_the_backward_pass(layout):
     assert 1.5 * gate_up <= kept["eager"] <= 1.5 * gate_up + rounding
     assert gate_up <= kept["keep"] <= gate_up + rounding
     assert kept["recompute"] <= 0.01
+
+
+@needs_gpu
+def test_gate_and_up_are_freed_early():
+    """The most memory is y, gate, up, dgate and dup, or without gate and up but with the gradients: not all of it."""
+    M, K, N = 8192, 256, 2048
+    leaves = leaves_of(M, K, N, torch.bfloat16)
+    dy = make_dy(M, N, torch.bfloat16, DEVICE)
+    for _ in range(2):
+        peak, _ = benchmark.memory_of(lambda t: fused_swiglu(*t), leaves, dy)
+    assert peak <= 5 * M * N * 2 / 2**20 + 5  # what the allocator adds
 
 
 DDP = """
@@ -984,7 +1006,7 @@ def test_hopper_kernels(dtype, layout):
             dx = torch.full((M, K), float("nan"), dtype=dtype, device=DEVICE)
             fts._launch_hopper(fts._in_rows(x), w_gate, w_up, y, None)
             fts._launch_hopper(fts._in_rows(x), w_gate, w_up, kept_y, gate_up)
-            fts._launch_hopper_dx(expected_gate_up.to(dtype), w_gate, w_up, dx)
+            fts._launch_hopper_dx(*expected_gate_up.to(dtype).split(N, dim=1), w_gate, w_up, dx)
             assert relative_error(y, expected) <= limit and torch.equal(y, kept_y), (M, K, N)
             assert relative_error(gate_up, expected_gate_up) <= limit, (M, K, N)
             assert relative_error(dx, expected_dx) <= limit, (M, K, N)
