@@ -1030,7 +1030,6 @@ def _batch(*_):
 
 
 swiglu_op.register_autograd(_differentiate, setup_context=_save_for_backward)
-activation_backward_op.register_autograd(_differentiate_twice)
 gradients_op.register_autograd(_differentiate_twice)
 swiglu_op.register_vmap(_batch)
 

@@ -364,8 +364,10 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     with torch.inference_mode():
         fused_swiglu(*inputs)
         fused_swiglu(*(t.clone() for t in inputs))
+    with torch.no_grad(), CountCalls():  # the way through the operator
+        fused_swiglu(*inputs)
     fused_swiglu(*inputs, recompute=True)
-    assert kept == [False] * 5
+    assert kept == [False] * 6
     fused_swiglu(*inputs)
     assert kept[-1]
 
@@ -1376,6 +1378,24 @@ def test_benchmark(tmp_path):
         assert table[measured].isna().all(axis=None)
 
 
+def test_benchmark_of_both_passes(tmp_path):
+    small = ["--m", "65", "--k", "264", "--n", "520"] if GPU else []
+    done = run_benchmark("--backward", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "swiglu_benchmark_backward.csv")
+    assert list(table) == benchmark.COLUMNS
+    if GPU:
+        table = table[table.method == benchmark.BACKWARD].set_index("provider")
+        assert tuple(table.index) == benchmark.BACKWARD_PROVIDERS
+        assert (table.ms > 0).all() and (table.peak_mib > table.kept_mib).all()
+        kept = table.kept_mib
+        assert 0 == kept["fused, recomputing"] < kept.fused < kept.torch
+        assert (tmp_path / "swiglu_benchmark_backward.png").stat().st_size > 10_000
+    else:
+        assert set(table.provider) == {"torch", "fused", "fused, recomputing"}
+    assert (table.rel_error < 3 * ROUNDING[torch.bfloat16]).all()
+
+
 @needs_gpu
 def test_benchmark_rotating_weights_and_peers(tmp_path):
     """One file more, times of the same order, and a line for each peer that is not installed or does not run."""
@@ -1414,6 +1434,9 @@ def test_benchmark_stops_at_a_wrong_kernel(tmp_path):
         (["--model", "llama-3-8b", "--k", "8"], "--model gives K and N"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--providers", "cublas"], "argument --providers: invalid choice: 'cublas'"),
+        (["--providers", "fused, recomputing"], "--providers fused, recomputing: not without --backward"),
+        (["--backward", "--providers", "packed matmul only"], "packed matmul only: not with --backward"),
+        (["--backward", "--rotate-weights"], "--backward and --rotate-weights exclude each other"),
         (["--plot", "nothing.csv"], "--plot nothing.csv: no such file"),
         (["--plot", "empty.csv"], "--plot empty.csv: no column K, M, N"),
     ],
@@ -1452,12 +1475,12 @@ RECORDED = sorted((HERE / "results").glob("*.csv"))
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
-def test_recorded_results(path, tmp_path):
+def test_recorded_results(path, tmp_path, monkeypatch):
     table = pd.read_csv(path)
     assert list(table) == benchmark.COLUMNS
     assert path.with_suffix(".png").is_file()
-    done = run_benchmark("--plot", str(path), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--plot", str(path), "--output-dir", str(tmp_path)])
+    assert benchmark.main() == 0
     assert (tmp_path / path.with_suffix(".png").name).stat().st_size > 10_000
 
 
@@ -1488,3 +1511,31 @@ def test_readme_table_of_other_shapes_is_the_recorded_one(shape, layout):
     gains = zip(times.fused, times.torch / times.fused, times["packed torch.compile"] / times.fused, strict=True)
     cells = [f"{fused:.1f} ({eager:.2f}x, {packed:.2f}x)" for fused, eager, packed in gains]
     assert f"[{layout}](results/{path}.csv) | {' | '.join(cells)} |" in (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_readme_tables_of_both_passes_are_the_recorded_ones(layout):
+    """Microseconds and the speed-up by M; memory in MiB, the same in both layouts."""
+    readme = (HERE / "README.md").read_text()
+    providers = ["torch", "torch.compile", "packed torch.compile", "liger-kernel", "fused", "fused, recomputing"]
+    path = HERE / "results" / f"h200_bfloat16_{layout}_backward.csv"
+    table = pd.read_csv(path)
+    table = table[table.method == benchmark.BACKWARD]
+    times = table.pivot(index="M", columns="provider", values="ms") * 1e3
+    for M, row in times.iterrows():
+        cells = [f"{M}", *(f"{row[name]:.0f}" for name in providers), f"{row.torch / row.fused:.2f}x"]
+        assert "| " + " | ".join(cells) + " |" in readme
+    for column, label in (("kept_mib", "kept between the passes"), ("peak_mib", "at most")):
+        memory = table.pivot(index="M", columns="provider", values=column)
+        for M in (2048, 4096, 8192):
+            cells = [f"{label}, M = {M}", *(f"{memory.loc[M, name]:.0f}" for name in providers)]
+            assert "| " + " | ".join(cells) + " |" in readme
+
+
+@needs_gpu
+def test_readme_examples_run():
+    examples = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    pytest.importorskip("transformers", reason="one example needs transformers, which is not installed")
+    for example in examples:
+        exec(example, {})
