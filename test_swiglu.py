@@ -542,10 +542,35 @@ def test_modes_see_the_operator():
     with CountCalls() as count:
         fused_swiglu(*inputs)
     assert count.calls == {"swiglu": 1}
+    assert torch.equal(fused_swiglu(Wrapper(inputs[0]), *inputs[1:]), fused_swiglu(*inputs))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor subclass, as DTensor is one: it has no data itself, and unwraps at each operator."""
+
+    @staticmethod
+    def __new__(cls, t):
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, strides=t.stride(), dtype=t.dtype, device=t.device)
+
+    def __init__(self, t):
+        self.inner = t
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(t.inner if isinstance(t, cls) else t for t in args), **kwargs or {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_tensors_have_the_layout_of_real_ones(layout):
+    real = leaves_of(6, 16, 24, layout=layout)
+    real[0] = randn(16, 6).t().requires_grad_()
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t) for t in inputs]
-        y = fused_swiglu(*fake)
-    assert type(y) is torch._subclasses.FakeTensor and y.shape == (6, 24)
+        for recompute in (False, True):
+            fake = [mode.from_tensor(t) for t in real]
+            y = fused_swiglu(*fake, recompute=recompute)
+            gradients = torch.autograd.grad(y, fake, torch.ones_like(y))
+            assert type(y) is torch._subclasses.FakeTensor and y.is_contiguous() and y.shape == (6, 24)
+            assert [t.stride() for t in gradients] == [t.stride() for t in real]
 
 
 @needs_gpu
