@@ -10,8 +10,8 @@ down projection that follows in a model.
 It can be trained, compiled and exported: the backward pass is one kernel for the activation, one product for the
 gradient of x, and cuBLAS for those of the weights. For it gate and up are written too, or computed again.
 
-There are two kernels. swiglu_kernel, in Triton, runs everywhere and is tuned. swiglu_kernel_hopper, in Gluon, Triton's
-lower level, is faster on Hopper GPUs for more than 128 rows of 16-bit numbers, and has nothing to tune.
+The forward pass has two kernels. swiglu_kernel, in Triton, runs everywhere and is tuned. swiglu_kernel_hopper, in
+Gluon, Triton's lower level, is faster on Hopper GPUs for more than 128 rows of 16-bit numbers, and has nothing to tune.
 
     from fused_triton_swiglu import SwiGLUMLP, fused_swiglu, replace_mlps
 

@@ -1414,7 +1414,7 @@ def test_benchmark_of_both_passes(tmp_path):
         assert tuple(table.index) == benchmark.BACKWARD_PROVIDERS
         assert (table.ms > 0).all() and (table.peak_mib > table.kept_mib).all()
         kept = table.kept_mib
-        assert 0 == kept["fused, recomputing"] < kept.fused < kept.torch
+        assert kept["fused, recomputing"] < 0.01 < kept.fused < kept.torch  # MiB: blocks of 512 bytes
         assert (tmp_path / "swiglu_benchmark_backward.png").stat().st_size > 10_000
     else:
         assert set(table.provider) == {"torch", "fused", "fused, recomputing"}
