@@ -532,6 +532,8 @@ def test_transforms_are_refused():
     for t in (x, x.clone().requires_grad_()):
         with pytest.raises(NotImplementedError, match="x takes any number of leading dimensions without it"):
             torch.vmap(fused_swiglu, (0, None, None))(t, w_gate, w_up)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda t: fused_swiglu(t, w_gate, w_up).sum())(x)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         fused_swiglu(torch.autograd.forward_ad.make_dual(x, x), w_gate, w_up)
 
