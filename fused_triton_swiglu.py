@@ -963,12 +963,17 @@ def _multiply_both(dgate, dup, w_gate, w_up, dx):
 NAMESPACE = __name__.replace(".", "_")  # so that several copies of this file do not meet
 
 
+def _forward_with_both(x, w_gate, w_up, keep, autotune):
+    """As _forward, with an empty tensor for a gate_up that is not kept: operators return tensors only."""
+    y, gate_up = _forward(x, w_gate, w_up, keep, autotune)
+    return y, x.new_empty(0) if gate_up is None else gate_up
+
+
 @torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
 def swiglu_op(
     x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, autotune: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y, gate_up = _forward(x, w_gate, w_up, keep, autotune)
-    return y, x.new_empty(0) if gate_up is None else gate_up
+    return _forward_with_both(x, w_gate, w_up, keep, autotune)
 
 
 @swiglu_op.register_fake
@@ -1038,11 +1043,10 @@ class EagerSwiGLU(torch.autograd.Function):
     """The operator for eager autograd, without the dispatcher's layers: 930 -> 520 us of host time, both passes."""
 
     @staticmethod
-    def forward(x, w_gate, w_up, keep, autotune):
-        y, gate_up = _forward(x, w_gate, w_up, keep, autotune)
-        return y, x.new_empty(0) if gate_up is None else gate_up
-
-    setup_context = staticmethod(_save_for_backward)
+    def forward(ctx, x, w_gate, w_up, keep, autotune):  # a setup_context would make PyTorch bind arguments by name
+        output = _forward_with_both(x, w_gate, w_up, keep, autotune)
+        _save_for_backward(ctx, (x, w_gate, w_up, keep, autotune), output)
+        return output
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -1062,11 +1066,14 @@ def _autocast_dtype(x):
     return torch.get_autocast_dtype(kind) if kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind) else None
 
 
-def _needs_dispatcher(*tensors):
+PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _needs_dispatcher(x, w_gate, w_up):
     """Whether something other than eager autograd is to see the call: a compiler, a transform, a mode, a subclass."""
     return (
         torch.compiler.is_compiling()
-        or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        or not {type(x), type(w_gate), type(w_up)} <= PLAIN
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )

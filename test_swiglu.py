@@ -544,7 +544,9 @@ def test_modes_see_the_operator():
     with CountCalls() as count:
         fused_swiglu(*inputs)
     assert count.calls == {"swiglu": 1}
-    assert torch.equal(fused_swiglu(Wrapper(inputs[0]), *inputs[1:]), fused_swiglu(*inputs))
+    wrapper = Wrapper(inputs[0])
+    assert torch.equal(fused_swiglu(wrapper, *inputs[1:]), fused_swiglu(*inputs))
+    assert wrapper.seen == ["swiglu"]
 
 
 class Wrapper(torch.Tensor):
@@ -555,10 +557,13 @@ class Wrapper(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, t.shape, strides=t.stride(), dtype=t.dtype, device=t.device)
 
     def __init__(self, t):
-        self.inner = t
+        self.inner, self.seen = t, []
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        for t in args:
+            if isinstance(t, cls):
+                t.seen.append(function.overloadpacket.__name__)
         return function(*(t.inner if isinstance(t, cls) else t for t in args), **kwargs or {})
 
 
