@@ -25,12 +25,16 @@ This file needs torch and triton and nothing else: copy it into your project.
 import contextlib
 import functools
 import math
+import tempfile
+import threading
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -139,9 +143,12 @@ def _cdiv(a, b):
     return -(-a // b)
 
 
+MANY_ROWS = 8192
+
+
 def m_bucket(M):
     """Row counts that share one tuning result: 1..16, 17..32, 33..64, ..., 4097 and more."""
-    return min(max(triton.next_power_of_2(M), 16), 8192)
+    return min(max(triton.next_power_of_2(M), 16), MANY_ROWS)
 
 
 def usable_configs(kind, M, N, tma, device):
@@ -652,11 +659,83 @@ def _check(x, w_gate, w_up):
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernel above
 
 
+# What a kernel raises that Triton cannot compile here, or that does not fit this GPU; but see FATAL.
+UNUSABLE = TritonError, RuntimeError, TypeError, AttributeError
+FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors too, and not the kernel's fault
+
+
+def _working(configs, launch):
+    """Yield each configuration that can be launched, with what `launch(config)` returns. Raise if there is none."""
+    reasons = []
+    for config in configs:
+        try:
+            compiled = launch(config)
+        except FATAL:
+            raise
+        except UNUSABLE as error:
+            reasons.append(f"{config} fails: {_brief(error)}")
+            warnings.warn(f"fused_swiglu leaves a configuration out: {reasons[-1]}", stacklevel=2)
+        else:
+            yield config, compiled
+    if len(reasons) == len(configs):
+        raise RuntimeError("fused_swiglu: no configuration works on this GPU\n" + "\n".join(reasons))
+
+
+def _brief(error):
+    return f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
+
+
+@contextlib.contextmanager
+def _gluon_may_fail():
+    """Should Gluon turn out to work in another way than this file knows, the other kernels serve from then on."""
+    global gluon
+    try:
+        yield
+    except FATAL:
+        raise
+    except UNUSABLE as error:
+        gluon = None
+        warnings.warn(
+            f"fused_swiglu goes on without its kernels for Hopper, up to 10 % slower: {_brief(error)}", stacklevel=2
+        )
+
+
+@functools.cache
+def _temporary_folder():
+    return tempfile.TemporaryDirectory(prefix="fused_swiglu_")  # removed when the process ends
+
+
+def _despite_cache_faults(launch):
+    """`launch`, which compiles, and works where Triton's cache folder is damaged, full or cannot be written."""
+
+    @functools.wraps(launch)
+    def launch_again(*args, **kwargs):
+        try:
+            return launch(*args, **kwargs)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            folder = triton.knobs.cache.dir
+            with triton.knobs.cache.scope():
+                triton.knobs.cache.dir = _temporary_folder().name
+                result = launch(*args, **kwargs)
+            # The folder was at fault, as with another one it works.
+            warnings.warn(
+                f"fused_swiglu cannot use Triton's cache folder {folder} ({_brief(error)}): what is compiled and tuned "
+                "now is lost with this process. Empty the folder, or choose another one by TRITON_CACHE_DIR.",
+                stacklevel=2,
+            )
+            return result
+
+    return launch_again
+
+
 def _prune(configs, args, **kwargs):
-    args = args | kwargs
+    every = args | kwargs
     kind = next(kind for kind in CONFIGS if CONFIGS[kind] is configs)
-    device = device_of(args["x_ptr"].device.index)
-    return usable_configs(kind, args["M"], args["N"], args["LAYOUT"].partition("/")[2], device)
+    device = device_of(every["x_ptr"].device.index)
+    usable = usable_configs(kind, every["M"], every["N"], every["LAYOUT"].partition("/")[2], device)
+    # Triton's autotuner skips some of what may fail, and would keep on disk that all failed.
+    launches = _working(usable, lambda config: swiglu_kernel.run(*args.values(), **kwargs, **config.all_kwargs()))
+    return [config for config, _ in launches]
 
 
 TUNERS = {
@@ -710,8 +789,8 @@ def hopper_weights(w_gate, w_up):
     return "linear" if _tma_takes(w_gate.t()) and _tma_takes(w_up.t()) else None
 
 
-def hopper_applies(rows, w_gate, w_up, device):
-    """Whether swiglu_kernel_hopper computes this call: it can, and it is faster.
+def hopper_applies(rows, w_gate, w_up, device, any_m=False):
+    """Whether swiglu_kernel_hopper computes this call: it can, and it is faster or, with `any_m`, the same for all M.
 
     Up to 128 rows reading the weights takes the time, which smaller tiles do better: 98 us against 104 at M = 128. With
     fewer than a third as many tiles as SMs nothing was measured.
@@ -719,9 +798,9 @@ def hopper_applies(rows, w_gate, w_up, device):
     (blocks, inner, _), N = rows.shape, w_gate.shape[1]
     M = blocks * inner
     tiles = _cdiv(M, TILE_M.value) * _cdiv(N, TILE_N.value)
-    if gluon is None or INTERPRETED or (device.backend, device.arch) != ("cuda", 90):
+    if gluon is None or INTERPRETED or (device.backend, device.arch) != ("cuda", 90) or N % 8:  # y is stored by TMA
         return False
-    if M <= 128 or 3 * tiles < device.num_sms or N % 8:  # y is stored by TMA
+    if not any_m and (M <= 128 or 3 * tiles < device.num_sms):
         return False
     return tma_operands(rows, w_gate, w_up, device) != "" and hopper_weights(w_gate, w_up) is not None
 
@@ -740,9 +819,11 @@ class Launcher(NamedTuple):
 # _launch_key -> Launcher. The second call with a key skips the checks, the autotuner, the heuristics and the binding of
 # arguments: 20 us of host time (M = 1, K = N = 512), eager PyTorch's four operations 43 to 56 in the same run.
 _launchers = {}
+MAX_LAUNCHERS = 4096  # of some KB each; a server meets every M there is
+_first_launches = threading.RLock()  # Triton's autotuner keeps what it works at in itself: one thread at a time
 
 
-def _launch_key(x, w_gate, w_up, keep):
+def _launch_key(x, w_gate, w_up, keep, choice):
     """All that the checks, the choice of a configuration and Triton's specialization depend on."""
     distance = w_up.data_ptr() - w_gate.data_ptr()
     return (
@@ -753,6 +834,7 @@ def _launch_key(x, w_gate, w_up, keep):
         (x.data_ptr() % 16, w_gate.data_ptr() % 16, w_up.data_ptr() % 16),
         (0 < distance < MAX_STEP, -MAX_STEP < distance < 0),
         keep,
+        choice == ONE_FOR_ALL_M,
         x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
     )
 
@@ -763,9 +845,13 @@ def _on_device_of(t):
     return torch.cuda.device(t.device) if elsewhere else contextlib.nullcontext()
 
 
-def _forward(x, w_gate, w_up, keep, autotune):
+# How the configuration is chosen: see fused_swiglu
+TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"
+
+
+def _forward(x, w_gate, w_up, keep, choice):
     """y (..., N), and gate_up (..., 2N), gate beside up, or None if it is not to be kept."""
-    key = _launch_key(x, w_gate, w_up, keep)
+    key = _launch_key(x, w_gate, w_up, keep, choice)
     launcher = _launchers.get(key)
     if launcher is None:
         _check(x, w_gate, w_up)
@@ -777,26 +863,31 @@ def _forward(x, w_gate, w_up, keep, autotune):
     if x.shape[-1] == 0:
         return y.zero_(), gate_up.zero_() if keep else None
     if INTERPRETED and x.dtype == torch.bfloat16:  # the interpreter's bf16 products are garbage (Triton 3.6 to 3.9)
-        results = _forward(x.float(), w_gate.float(), w_up.float(), keep, autotune)
+        results = _forward(x.float(), w_gate.float(), w_up.float(), keep, choice)
         return tuple(t if t is None else t.to(x.dtype) for t in results)
     with _on_device_of(x):
-        if launcher and (launcher.final or not autotune or torch.cuda.is_current_stream_capturing()):
+        if launcher and (launcher.final or choice != TUNED or torch.cuda.is_current_stream_capturing()):
             launcher(x, w_gate, w_up, y, gate_up)
         else:
-            _launchers[key] = _first_launch(x, w_gate, w_up, y, gate_up, autotune)
+            with _first_launches:
+                if len(_launchers) >= MAX_LAUNCHERS:
+                    _launchers.clear()
+                _launchers[key] = _first_launch(x, w_gate, w_up, y, gate_up, choice)
     return y, gate_up
 
 
-def _first_launch(x, w_gate, w_up, y, gate_up, autotune):
+@_despite_cache_faults
+def _first_launch(x, w_gate, w_up, y, gate_up, choice):
     """Fill y and gate_up, all sizes above 0, and return the Launcher that does it again, or None if there is none."""
     rows = _in_rows(x)
     if rows is None:  # three row strides or more: each block of rows by itself
         for i, x_i in enumerate(x):
-            _first_launch(x_i, w_gate, w_up, y[i], gate_up if gate_up is None else gate_up[i], autotune)
+            _first_launch(x_i, w_gate, w_up, y[i], gate_up if gate_up is None else gate_up[i], choice)
         return None
-    if hopper_applies(rows, w_gate, w_up, device_of(x.device.index)):
-        return _launch_hopper(rows, w_gate, w_up, y, gate_up)
-    return _launch_triton(rows, w_gate, w_up, y, gate_up, autotune)
+    if hopper_applies(rows, w_gate, w_up, device_of(x.device.index), any_m=choice == ONE_FOR_ALL_M):
+        with _gluon_may_fail():
+            return _launch_hopper(rows, w_gate, w_up, y, gate_up)
+    return _launch_triton(rows, w_gate, w_up, y, gate_up, choice)
 
 
 def _hopper_descriptor(t, rows, columns, stride, box_rows):
@@ -834,6 +925,7 @@ def _launch_hopper(rows, w_gate, w_up, y, gate_up):
 _hopper_dx = {}
 
 
+@_despite_cache_faults
 def _launch_hopper_dx(dgate, dup, w_gate, w_up, dx):
     """Fill dx, which is contiguous, by swiglu_dx_kernel_hopper. dgate and dup are the halves of one (M, 2N) buffer."""
     (K, N), M = w_gate.shape, dgate.shape[0]
@@ -850,10 +942,10 @@ def _launch_hopper_dx(dgate, dup, w_gate, w_up, dx):
         _hopper_dx[key] = swiglu_dx_kernel_hopper[grid](*arguments, **HOPPER_OPTIONS)[grid]
 
 
-def _launch_triton(rows, w_gate, w_up, y, gate_up, autotune, config=None):
+def _launch_triton(rows, w_gate, w_up, y, gate_up, choice, configs=None):
     """Fill y and gate_up by swiglu_kernel, and return the Launcher that does it again, or None in the interpreter.
 
-    `config` None: the tuned one, or the default.
+    `configs`: those to take the first from that works, None: as `choice` says.
     """
     (blocks, inner, K), N = rows.shape, w_gate.shape[1]
     M = blocks * inner
@@ -888,13 +980,24 @@ def _launch_triton(rows, w_gate, w_up, y, gate_up, autotune, config=None):
         tiles = _cdiv(M, meta["BLOCK_M"]) * _cdiv(N, meta["BLOCK_N"])
         return (min(tiles, device.num_sms) if meta["PERSISTENT"] else tiles, 1, 1)
 
-    tuned = config is None and autotune and not INTERPRETED and not torch.cuda.is_current_stream_capturing()
+    def launch(config):
+        return swiglu_kernel[grid](rows, w_gate, w_up, y, gate_up, **values, **options, **config.all_kwargs())
+
+    tuner = TUNERS[kind]
+    tuned = choice == TUNED and not INTERPRETED and not torch.cuda.is_current_stream_capturing()
     if tuned:
-        compiled = TUNERS[kind][grid](rows, w_gate, w_up, y, gate_up, **values, **options)
-        config = TUNERS[kind].best_config
-    else:
-        config = config or usable_configs(kind, M, N, tma, device)[0]
-        compiled = swiglu_kernel[grid](rows, w_gate, w_up, y, gate_up, **values, **options, **config.all_kwargs())
+        try:
+            compiled = tuner[grid](rows, w_gate, w_up, y, gate_up, **values, **options)
+            config = tuner.best_config
+        except torch.OutOfMemoryError as error:  # tuning takes 256 MB more than the call itself
+            warnings.warn(f"fused_swiglu is not tuned for M = {M}, K = {K}, N = {N} yet: {_brief(error)}", stacklevel=2)
+            tuned = False
+        finally:
+            tuner.nargs = None  # after an interruption it would keep the tensors
+    if not tuned:
+        rows_to_serve = MANY_ROWS if choice == ONE_FOR_ALL_M else M
+        configs = configs or usable_configs(kind, rows_to_serve, N, tma, device)
+        config, compiled = next(_working(configs, launch))
     if INTERPRETED:
         return None
     values |= config.kwargs
@@ -911,6 +1014,7 @@ def _launch_triton(rows, w_gate, w_up, y, gate_up, autotune, config=None):
     return Launcher(compiled[grid(values)], arguments, final=tuned)
 
 
+@_despite_cache_faults
 def _differentiate_activation(dy, x, w_gate, w_up, gate_up):
     """d (..., 2N): dgate beside dup. x may be None unless gate_up is, which is computed again then."""
     if INTERPRETED and dy.dtype == torch.bfloat16:  # which the interpreter cuts off instead of rounding it
@@ -956,8 +1060,8 @@ def _gradients(d, x, w_gate, w_up, needs):
 def _multiply_both(dgate, dup, w_gate, w_up, dx):
     """dx = dgate @ w_gate.T + dup @ w_up.T, summed in float32 and rounded once."""
     if dx.is_contiguous() and hopper_applies(dup.unsqueeze(1), w_gate.t(), w_up.t(), device_of(dx.device.index)):
-        _launch_hopper_dx(dgate, dup, w_gate, w_up, dx)
-        return
+        with _gluon_may_fail():
+            return _launch_hopper_dx(dgate, dup, w_gate, w_up, dx)
     # With `out` or `out_dtype`, as everywhere in the backward pass, since autocast leaves such calls alone.
     if dx.is_cuda and dx.dtype != torch.float32:
         acc = torch.mm(dgate, w_gate.t(), out_dtype=torch.float32)
@@ -975,21 +1079,21 @@ def _multiply_both(dgate, dup, w_gate, w_up, dx):
 NAMESPACE = __name__.replace(".", "_")  # so that several copies of this file do not meet
 
 
-def _forward_with_both(x, w_gate, w_up, keep, autotune):
+def _forward_with_both(x, w_gate, w_up, keep, choice):
     """As _forward, with an empty tensor for a gate_up that is not kept: operators return tensors only."""
-    y, gate_up = _forward(x, w_gate, w_up, keep, autotune)
+    y, gate_up = _forward(x, w_gate, w_up, keep, choice)
     return y, x.new_empty(0) if gate_up is None else gate_up
 
 
 @torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
 def swiglu_op(
-    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, autotune: bool
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, choice: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward_with_both(x, w_gate, w_up, keep, autotune)
+    return _forward_with_both(x, w_gate, w_up, keep, choice)
 
 
 @swiglu_op.register_fake
-def _(x, w_gate, w_up, keep, autotune):
+def _(x, w_gate, w_up, keep, choice):
     N = w_gate.shape[1]
     return x.new_empty(*x.shape[:-1], N), x.new_empty(*x.shape[:-1], 2 * N) if keep else x.new_empty(0)
 
@@ -1055,10 +1159,10 @@ class EagerSwiGLU(torch.autograd.Function):
     """The operator for eager autograd, without the dispatcher's layers: 930 -> 520 us of host time, both passes."""
 
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, keep, autotune):
+    def forward(ctx, x, w_gate, w_up, keep, choice):
         # A setup_context would make PyTorch bind the arguments by name: 23 -> 46 us, on a CPU with the launch left out.
-        output = _forward_with_both(x, w_gate, w_up, keep, autotune)
-        _save_for_backward(ctx, (x, w_gate, w_up, keep, autotune), output)
+        output = _forward_with_both(x, w_gate, w_up, keep, choice)
+        _save_for_backward(ctx, (x, w_gate, w_up, keep, choice), output)
         return output
 
     @staticmethod
@@ -1092,7 +1196,7 @@ def _needs_dispatcher(x, w_gate, w_up):
     )
 
 
-def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True):
+def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invariant=False):
     """``silu(x @ w_gate) * (x @ w_up)`` in one kernel (Shazeer 2020, https://arxiv.org/abs/2002.05202).
 
     Args:
@@ -1104,6 +1208,9 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True):
         autotune: whether the first call with a new N, K, dtype, layout or power of two of rows may time the usable
             configurations of swiglu_kernel. That takes some seconds, once: Triton keeps the result on disk. With False,
             and always under CUDA-graph capture, a call whose shape was not tuned before takes the default one.
+        batch_invariant: whether each row of the result has the same bits however many other rows there are. One
+            configuration serves every M then, chosen for many rows and not tuned: few rows take longer. It holds for
+            one device, dtype, K, N and layout, x contiguous and aligned to 16 bytes. Gradients are not included.
 
     Returns:
         (..., N), contiguous, x's dtype. Sums are in float32, SiLU too. float32 products follow
@@ -1128,17 +1235,18 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True):
     if dtype is not None:
         cast = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, w_gate, w_up))
         with torch.autocast(x.device.type, enabled=False):
-            return fused_swiglu(*cast, recompute=recompute, autotune=autotune)
+            return fused_swiglu(*cast, recompute=recompute, autotune=autotune, batch_invariant=batch_invariant)
 
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)
     # An exported program mostly serves inference, with weights that require grad: it would keep gate and up each time.
     keep = needs_grad and not recompute and not torch.compiler.is_exporting()
+    choice = ONE_FOR_ALL_M if batch_invariant else TUNED if autotune else DEFAULT
     if _needs_dispatcher(x, w_gate, w_up):
         _check(x, w_gate, w_up)
-        return swiglu_op(x, w_gate, w_up, keep, autotune)[0]
+        return swiglu_op(x, w_gate, w_up, keep, choice)[0]
     if needs_grad or torch.autograd.forward_ad._current_level >= 0:  # autograd refuses forward mode clearly
-        return EagerSwiGLU.apply(x, w_gate, w_up, keep, autotune)[0]
-    return _forward(x, w_gate, w_up, False, autotune)[0]
+        return EagerSwiGLU.apply(x, w_gate, w_up, keep, choice)[0]
+    return _forward(x, w_gate, w_up, False, choice)[0]
 
 
 class SwiGLUMLP(torch.nn.Module):

@@ -354,7 +354,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     kept = []
     forward = fts._forward
     monkeypatch.setattr(
-        fts, "_forward", lambda x, g, u, keep, autotune: kept.append(keep) or forward(x, g, u, keep, autotune)
+        fts, "_forward", lambda x, g, u, keep, choice: kept.append(keep) or forward(x, g, u, keep, choice)
     )
     fused_swiglu(*inputs)
     for t in inputs:
@@ -428,7 +428,7 @@ def leaves_of(M, K, N, dtype=torch.float32, layout="linear"):
 def test_opcheck(shape, keep):
     _, w_gate, w_up = leaves_of(1, 16, 24)
     x = randn(*shape).requires_grad_()
-    torch.library.opcheck(fts.swiglu_op, (x, w_gate, w_up, keep, True))
+    torch.library.opcheck(fts.swiglu_op, (x, w_gate, w_up, keep, fts.TUNED))
     gate_up = randn(*shape[:-1], 48) if keep else None
     x, w_gate, w_up, dy, d = (t.detach() for t in (x, w_gate, w_up, randn(*shape[:-1], 24), randn(*shape[:-1], 48)))
     torch.library.opcheck(fts.activation_backward_op, (dy, None if keep else x, w_gate, w_up, gate_up))
@@ -871,14 +871,15 @@ def test_launch_key_tells_apart():
         "another dtype of w_up": (x, w_gate, w_up.double()),
         "another device of w_up": (x, w_gate, w_up.to("meta")),
     }
-    keys = {name: fts._launch_key(*tensors, False) for name, tensors in calls.items()}
-    keys["gate and up kept"] = fts._launch_key(x, w_gate, w_up, True)
+    keys = {name: fts._launch_key(*tensors, False, fts.TUNED) for name, tensors in calls.items()}
+    keys["gate and up kept"] = fts._launch_key(x, w_gate, w_up, True, fts.TUNED)
+    keys["batch-invariant"] = fts._launch_key(x, w_gate, w_up, False, fts.ONE_FOR_ALL_M)
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    keys["another precision"] = fts._launch_key(x, w_gate, w_up, False)
+    keys["another precision"] = fts._launch_key(x, w_gate, w_up, False, fts.TUNED)
     torch.set_float32_matmul_precision(previous)
     assert len(set(keys.values())) == len(keys), keys
-    assert fts._launch_key(x + 1, w_gate, w_up, False) == keys["as it is"]
+    assert fts._launch_key(x + 1, w_gate, w_up, False, fts.DEFAULT) == keys["as it is"]
 
 
 # ---- The file by itself ----
@@ -966,7 +967,7 @@ def force(config):
     def run(x, w_gate, w_up):
         y = torch.empty(*x.shape[:-1], w_gate.shape[1], dtype=x.dtype, device=x.device)
         gate_up = torch.empty(*x.shape[:-1], 2 * w_gate.shape[1], dtype=x.dtype, device=x.device)
-        fts._launch_triton(fts._in_rows(x), w_gate, w_up, y, gate_up, autotune=False, config=config)
+        fts._launch_triton(fts._in_rows(x), w_gate, w_up, y, gate_up, fts.DEFAULT, [config])
         return y, gate_up
 
     return run
