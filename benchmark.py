@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import sys
+import tempfile
 import time
 from itertools import accumulate
 from pathlib import Path
@@ -38,8 +39,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 LAYOUTS = ("linear", "row-major")
 PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "packed matmul only")
 BACKWARD_PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "fused, recomputing")
+ON_REQUEST = ("fused, batch-invariant",)  # forward only
 PEERS = ("liger-kernel", "flash-swiglu-mlp", "quack-kernels")  # other people's packages, timed where installed
-EVERY_PROVIDER = tuple(dict.fromkeys(PROVIDERS + BACKWARD_PROVIDERS + PEERS))
+EVERY_PROVIDER = tuple(dict.fromkeys(PROVIDERS + BACKWARD_PROVIDERS + ON_REQUEST + PEERS))
 # What `ms` is: GPU time after a cache flush, of the forward pass or of both; GPU time where weights take turns; time
 # that a call keeps the CPU busy.
 FLUSHED, BACKWARD, ROTATING, HOST = "flushed cache", "forward + backward, flushed cache", "rotating weights", "host"
@@ -224,6 +226,7 @@ def make_contenders(names):
         "packed torch.compile": lambda o: packed_compiled(o.x, o.w_packed),
         "fused": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up),
         "fused, recomputing": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up, recompute=True),
+        "fused, batch-invariant": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up, batch_invariant=True),
         "packed matmul only": lambda o: o.x @ o.w_packed,
         "liger-kernel": liger,
         "flash-swiglu-mlp": flash_swiglu_mlp,
@@ -250,6 +253,25 @@ def measure_ceilings(dtype):
 
 
 # ---- Runs ----
+
+
+def other_users():
+    """Print what else uses this GPU. To be called before this process does."""
+    try:
+        busy, taken = torch.cuda.utilization(0), torch.cuda.device_memory_used(0) / 2**30  # 0: or CUDA would start
+    except Exception as error:  # no nvidia-ml-py, or a driver that does not say, in NVML's own errors
+        print(f"whether something else uses this GPU could not be checked: {error}")
+        return
+    if busy > 5 or taken > 1:
+        print(f"WARNING: something else uses this GPU: it is {busy} % busy, and {taken:.1f} GiB are taken.")
+        print("The times below are not those of a free GPU.")
+
+
+def write_csv(rows, path):
+    """All at once, so that whoever is interrupted leaves a whole file."""
+    unfinished = path.with_suffix(".csv.unfinished")
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(unfinished, index=False, float_format="%.6g")
+    unfinished.replace(path)
 
 
 def error_line(provider, dtype, correct, errors, eager_errors):
@@ -381,6 +403,7 @@ def measure_host_cost(args):
 
 def run_on_gpu(args):
     K, N = args.k, args.n
+    other_users()
     properties = environment(torch.cuda.get_device_name())
     print(f"{properties['gpu']}, PyTorch {properties['torch']}, Triton {properties['triton']}")
     print(f"{args.dtype}, K = {K}, N = {N}, {args.layout} weights")
@@ -405,12 +428,13 @@ def run_on_gpu(args):
                     status = 1
                     break
                 rows += measured
-                pd.DataFrame([properties | row for row in host_rows + rows], columns=COLUMNS).to_csv(
-                    path, index=False, float_format="%.6g"
-                )
+                write_csv([properties | row for row in host_rows + rows], path)
         except KeyboardInterrupt:
             progress.write("\ninterrupted: what was measured is kept")
             status = 130
+        except torch.OutOfMemoryError as error:
+            progress.write(f"\nM = {M}: {error}\nwhat was measured is kept")
+            status = 1
     if rows:
         table = pd.read_csv(path)
         print_table(table)
@@ -446,7 +470,7 @@ def run_interpreted(args):
             line = f"{dtype:9} {layout:10} M = {M:3}  K = {K:3}  N = {N:3}  "
             tqdm.write(line + error_line(provider, DTYPES[dtype], correct, errors, eager_errors))
     path = args.output_dir / f"swiglu_benchmark{'_backward' if args.backward else ''}.csv"
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False, float_format="%.6g")
+    write_csv(rows, path)
     print(f"\n{path}")
     print(f"Speed was not measured: that needs a GPU. The plot of a recorded run on an H100 is {RECORDED_PLOT}")
     return int(status)
@@ -493,6 +517,7 @@ def plot(table, path):
     colors = {
         "fused": "#d62728",
         "fused, recomputing": "#ff7f0e",
+        "fused, batch-invariant": "#ff7f0e",
         "torch": "#1f77b4",
         "torch.compile": "#17a2b8",
         "packed torch.compile": "#2ca02c",
@@ -593,7 +618,7 @@ def parse_args(argv=None):
     parser.add_argument("--layout", choices=LAYOUTS, default="linear", help=layout_help)
     provider_help = (
         f"contenders, from: {', '.join(map(repr, EVERY_PROVIDER))}, or all (torch is always there; "
-        f"{', '.join(PEERS)} only if named and installed)"
+        f"{', '.join(ON_REQUEST + PEERS)} only if named, or by all, and if installed)"
     )
     parser.add_argument("--providers", choices=(*EVERY_PROVIDER, "all"), nargs="+", metavar="P", help=provider_help)
     backward_help = "the forward and the backward pass together, and the memory they take"
@@ -611,10 +636,11 @@ def parse_args(argv=None):
     if args.backward and args.rotate_weights:
         parser.error("--backward and --rotate-weights exclude each other")
     own = BACKWARD_PROVIDERS if args.backward else PROVIDERS
-    if wrong := set(args.providers or ()) - {*own, *PEERS, "all"}:
+    possible = own + (() if args.backward else ON_REQUEST) + PEERS
+    if wrong := set(args.providers or ()) - {*possible, "all"}:
         parser.error(f"--providers {' '.join(sorted(wrong))}: not {'with' if args.backward else 'without'} --backward")
     chosen = {"torch", *(args.providers or own)}
-    args.providers = [name for name in own + PEERS if name in chosen or "all" in chosen]
+    args.providers = [name for name in possible if name in chosen or "all" in chosen]
     if args.plot and not args.plot.is_file():
         parser.error(f"--plot {args.plot}: no such file")
     if args.plot:
@@ -623,12 +649,16 @@ def parse_args(argv=None):
             parser.error(f"--plot {args.plot}: no column {', '.join(sorted(missing))}")
         if args.table.ms.isna().all():
             parser.error(f"--plot {args.plot}: holds no times, it comes from a machine without a GPU")
+    try:  # now, not after an hour of measuring
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+    except OSError as error:
+        parser.error(f"--output-dir {args.output_dir} cannot be written: {error.strerror}")
     return args
 
 
 def main():
     args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.plot:
         path = args.output_dir / args.plot.with_suffix(".png").name
         plot(args.table, path)
