@@ -678,6 +678,7 @@ def _working(configs, launch):
         else:
             yield config, compiled
     if len(reasons) == len(configs):
+        reasons.append(f"(Kernels that do not load may be damaged in Triton's cache folder, {triton.knobs.cache.dir})")
         raise RuntimeError("fused_swiglu: no configuration works on this GPU\n" + "\n".join(reasons))
 
 

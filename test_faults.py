@@ -97,9 +97,9 @@ def assert_found(right, wrong, folder):
     """A kernel with this fault does not get through the cases."""
     code = f"from stress_swiglu import draw, run_case\nfor number in range({CASES}): run_case(draw(number))"
     folder = mutated_copy(folder, right, wrong)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=180)
     assert done.returncode == 1, "no case found it"
-    assert "AssertionError: " in done.stderr.splitlines()[-1]
+    assert any(error in done.stderr for error in ("\nAssertionError: ", "CUDA error"))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -114,6 +114,8 @@ def test_random_cases_find_in_the_kernels_for_hopper(name, tmp_path):
 
 
 # ---- Special values ----
+
+EXP_ERROR = 3e-6  # of exp(50) on a GPU: half a unit in the last place of 50 * log2(e)
 
 
 @pytest.mark.parametrize("M", [14, 300])
@@ -135,9 +137,8 @@ def test_special_values(dtype, layout, M):
         w_gate, w_up = w_gate.t().contiguous().t(), w_up.t().contiguous().t()
     expected = torch_swiglu(*(t.double() for t in (x, w_gate, w_up))).to(dtype)
     y = fused_swiglu(x, w_gate, w_up, autotune=False)
-    torch.testing.assert_close(
-        y, expected, rtol=2 * info.eps, atol=float(info.smallest_normal) * float(info.eps), equal_nan=True
-    )
+    smallest = info.smallest_normal * info.eps
+    torch.testing.assert_close(y, expected, rtol=max(2 * info.eps, EXP_ERROR), atol=smallest, equal_nan=True)
     plain = x.clone()
     plain[x[:, 0].isnan() | x[:, 0].isinf(), 0] = 0
     untouched = (x == plain).all(dim=1)
@@ -157,7 +158,7 @@ def test_special_values_of_gradients(dtype, recompute):
     gate, up = (x.double().expand(-1, 8).clone().requires_grad_() for _ in range(2))
     (torch.nn.functional.silu(gate) * up).backward(dy.double())
     expected = torch.cat([gate.grad, up.grad], dim=1).to(dtype)
-    torch.testing.assert_close(d, expected, rtol=2 * info.eps, atol=float(info.tiny), equal_nan=True)
+    torch.testing.assert_close(d, expected, rtol=max(2 * info.eps, EXP_ERROR), atol=info.tiny, equal_nan=True)
 
 
 # ---- The same bits ----
@@ -331,11 +332,11 @@ def test_fork_after_use():
         "def child():\n"
         "    for M in (20, 21):\n"  # launched before, and not
         "        try:\n"
-        "            fts.fused_swiglu(*(inputs if M == 20 else [torch.cat([inputs[0]] * 2), *inputs[1:]]))\n"
+        "            fts.fused_swiglu(inputs[0].expand(M - 19, 20, 328), *inputs[1:])\n"
         "        except RuntimeError as error:\n"
         "            print(str(error)[:40], flush=True)\n"
         "inputs = make_inputs(20, 328, 520, torch.bfloat16, 'linear', 'cuda')\n"
-        "fts.fused_swiglu(*inputs)\n"
+        "fts.fused_swiglu(inputs[0][None], *inputs[1:])\n"
         "process = multiprocessing.get_context('fork').Process(target=child)\n"
         "process.start()\n"
         "process.join(60)\n"
@@ -415,19 +416,45 @@ def test_cache_folder_unwritable_or_full(fault, tmp_path):
     assert int(count) > 0 and f"fused_swiglu cannot use Triton's cache folder {folder}" in text
 
 
+TWO_CALLS = "call(20, 520)\ncall(300, 5768)\nprint('right')"
+
+
 @needs_gpu
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "other JSON"])
-@pytest.mark.parametrize("files", ["*.autotune.json", "swiglu_kernel*.json", "__grp__swiglu*", "swiglu*.cubin"])
+@pytest.mark.parametrize("files", ["*.autotune.json", "swiglu_kernel*.json", "__grp__swiglu*"])
 def test_damaged_cache_entries(files, damage, tmp_path):
-    code = CALL + "call(20, 520)\ncall(300, 5768)\nprint('right')"
-    assert run_python(code, HERE, TRITON_CACHE_DIR=str(tmp_path)) == "right\n"
+    assert run_python(CALL + TWO_CALLS, HERE, TRITON_CACHE_DIR=str(tmp_path)) == "right\n"
     damaged = [*tmp_path.rglob(files)]
     assert damaged
     for path in damaged:
         content = path.read_bytes()
         other = {"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"\xff\x00" * 50}
         path.write_bytes(other.get(damage, b'{"configs_timings": 3, "child_paths": {"a": "b"}}'))
-    assert run_python(code, HERE, TRITON_CACHE_DIR=str(tmp_path)) == "right\n"
+    assert run_python(CALL + TWO_CALLS, HERE, TRITON_CACHE_DIR=str(tmp_path)) == "right\n"
+
+
+@needs_gpu
+@pytest.mark.parametrize("damage", [b"", b"\xff\x00" * 50])
+def test_damaged_kernels(damage, tmp_path):
+    """Those that load serve; if none does the error says where it came from. (A driver may hang in half a kernel.)"""
+    folder = {"TRITON_CACHE_DIR": str(tmp_path)}
+    assert run_python(CALL + TWO_CALLS, HERE, **folder) == "right\n"
+    for path in [*tmp_path.rglob("swiglu_kernel_hopper.cubin"), *sorted(tmp_path.rglob("swiglu_kernel.cubin"))[1:]]:
+        path.write_bytes(damage)
+    counted = "with warnings.catch_warnings(record=True) as warned:\n    warnings.simplefilter('always')\n    "
+    counted += TWO_CALLS.replace("\n", "\n    ") + "\nprint(len(warned))"
+    right, warned = run_python(CALL + counted, HERE, **folder).split()
+    assert right == "right" and int(warned) > 0
+    for path in tmp_path.rglob("*.cubin"):
+        path.write_bytes(damage)
+    all_fail = f"""
+try:
+    call(20, 520)
+except RuntimeError as error:
+    assert {str(tmp_path)!r} in str(error)
+    print("said")
+"""
+    assert run_python(CALL + all_fail, HERE, **folder) == "said\n"
 
 
 # ---- Configurations that fail ----
@@ -509,7 +536,7 @@ def test_configurations_that_really_fail(tuned, monkeypatch, fresh):
     too_large = fts._config(128, 128, 128, 8, 8)
     no_power_of_two = fts._config(16, 64, 24, 4, 3)
     monkeypatch.setattr(fts, "usable_configs", lambda *args: [too_large, no_power_of_two, *usable(*args)])
-    inputs = make_inputs(20, 72, 136, torch.float16, "linear", DEVICE)
+    inputs = make_inputs(20, 256, 512, torch.float16, "linear", DEVICE)
     with pytest.warns(UserWarning) as warned:
         y = fused_swiglu(*inputs, autotune=tuned)
     assert relative_error(y, reference(*inputs)) <= ROUNDING[torch.float16]
@@ -524,7 +551,7 @@ def test_gluon_fails(fails, monkeypatch, fresh):
         pytest.skip("needs a Hopper GPU (sm_90)")
     from triton.compiler.errors import CompilationError
 
-    M, K, N = SHAPES[-1]
+    M, K, N = (300, 2056, 5768) if GPU else SHAPES[0]
     calls = []
 
     def fail(*args):
@@ -552,7 +579,7 @@ def test_gluon_fails(fails, monkeypatch, fresh):
 
 
 @needs_gpu
-def test_out_of_memory():
+def test_out_of_memory(tmp_path):
     """PyTorch's own error, and the next smaller call works; too little to tune in is enough to compute."""
     code = CALL + (
         "total = torch.cuda.get_device_properties(0).total_memory\n"
@@ -575,9 +602,9 @@ def test_out_of_memory():
         "with warnings.catch_warnings(record=True) as warned:\n"
         "    warnings.simplefilter('always')\n"
         "    call(20, 520)\n"
-        "print(warned, len(fts.TUNERS['16-bit'].cache))\n"
+        "print([str(w.message) for w in warned], len(fts.TUNERS['16-bit'].cache))\n"
     )
-    out = run_python(code, HERE, TRITON_CACHE_DIR=os.devnull + "/none").splitlines()
+    out = run_python(code, HERE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     assert any("fused_swiglu is not tuned for M = 20, K = 328, N = 520 yet" in line for line in out)
     assert out[-1] == "[] 1"
 
@@ -610,14 +637,16 @@ def test_interrupted_tuning(monkeypatch, fresh):
 def test_ctrl_c(seconds, tmp_path):
     """As a user does it, at some moment of compiling or tuning; the next process finds nothing wrong."""
     interrupted = CALL + (
-        "import signal, threading\n"
-        f"threading.Timer({seconds}, signal.raise_signal, [signal.SIGINT]).start()\n"
+        "import signal, threading, time\n"
+        f"seconds = {seconds}\n"
+        f"threading.Timer(seconds, signal.raise_signal, [signal.SIGINT]).start()\n"
         "try:\n"
         "    call(20, 4104)\n"
-        "    while True: pass\n"
+        "    time.sleep(seconds)  # it was quicker, or the interrupt met code that ignores it\n"
         "except KeyboardInterrupt:\n"
-        "    call(20, 4104)\n"
-        "    print('right')"
+        "    pass\n"
+        "call(20, 4104)\n"
+        "print('right')"
     )
     assert run_python(interrupted, HERE, TRITON_CACHE_DIR=str(tmp_path)) == "right\n"
     again = CALL + "warnings.simplefilter('error')\ncall(20, 4104)\nprint('right')"

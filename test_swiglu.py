@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -46,10 +47,17 @@ LAYOUTS = benchmark.LAYOUTS
 H100 = fts.Device("H100", "cuda", 90, 132, 227 * 1024)
 TARGETS = {
     "sm_80": fts.Device("A100", "cuda", 80, 108, 163 * 1024),
+    "sm_86": fts.Device("RTX 3090", "cuda", 86, 82, 99 * 1024),
+    "sm_89": fts.Device("RTX 4090", "cuda", 89, 128, 99 * 1024),
     "sm_90": H100,
     "sm_100": fts.Device("B200", "cuda", 100, 148, 227 * 1024),
+    "sm_103": fts.Device("B300", "cuda", 103, 148, 227 * 1024),
+    "sm_120": fts.Device("RTX 5090", "cuda", 120, 170, 99 * 1024),
+    "gfx90a": fts.Device("MI250X", "hip", "gfx90a", 104, 64 * 1024),
     "gfx942": fts.Device("MI300X", "hip", "gfx942", 304, 64 * 1024),
+    "gfx950": fts.Device("MI355X", "hip", "gfx950", 256, 160 * 1024),
 }
+WITH_TMA = ("sm_90", "sm_100", "sm_103")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
@@ -938,9 +946,8 @@ def config_id(value):
 @pytest.mark.parametrize("tma", ["", "x", "xw"])
 @pytest.mark.parametrize("kind", fts.CONFIGS)
 def test_there_is_always_a_configuration(kind, tma):
-    small = fts.Device("RTX 4090", "cuda", 89, 128, 99 * 1024)
-    for device in (*TARGETS.values(), small):
-        if tma and (kind != "16-bit" or device.arch not in (90, 100)):
+    for name, device in TARGETS.items():
+        if tma and (kind != "16-bit" or name not in WITH_TMA):
             continue
         if kind == "tf32" and device.backend == "hip":
             continue
@@ -1169,7 +1176,7 @@ def compile_everything(target_name):
     for kind, layout in itertools.product(fts.CONFIGS, LAYOUTS):
         if kind == "tf32" and device.backend == "hip":
             continue
-        tma = "" if kind != "16-bit" or device.arch not in (90, 100) else "xw" if layout == "linear" else "x"
+        tma = "" if kind != "16-bit" or target_name not in WITH_TMA else "xw" if layout == "linear" else "x"
         configs = []
         for M, N, operands in itertools.product((1, 32, 64, 128, 256, 4096), (512, 14336), {"", tma}):
             usable = fts.usable_configs(kind, M, N, operands, device)
@@ -1195,27 +1202,31 @@ def compile_everything(target_name):
     print("compiled", compiled)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compilations():
-    """A process for each target, as the interpreter's Triton cannot compile; all at once, to use every core."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    processes = {}
-    for name in TARGETS:
-        command = [sys.executable, "-c", f"import test_swiglu; test_swiglu.compile_everything({name!r})"]
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes[name] = subprocess.Popen(command, cwd=HERE, env=environment, **pipe)
-    yield processes
-    for process in processes.values():
-        process.kill()
+    """A process for each target, as the interpreter's Triton cannot compile, beside the tests that run meanwhile."""
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() - 1))
+    options = {"cwd": HERE, "env": os.environ | {"TRITON_INTERPRET": "0"}, "capture_output": True, "text": True}
+    code = "import test_swiglu; test_swiglu.compile_everything({!r})"
+    command = [sys.executable, "-c"]
+    yield {name: pool.submit(subprocess.run, [*command, code.format(name)], **options) for name in TARGETS}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_compiling(request):
+    """With the first test, if one of this run is to compile."""
+    if any("compilations" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("compilations")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration_compiles(compilations, target):
     """Without a GPU, for each kind of target: it compiles, fits the shared memory and does not spill."""
-    out, errors = compilations[target].communicate(timeout=800)
-    assert compilations[target].returncode == 0, errors[-3000:]
-    *problems, last = out.splitlines()
-    assert not problems, out
+    done = compilations[target].result(timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *problems, last = done.stdout.splitlines()
+    assert not problems, done.stdout
     assert int(last.removeprefix("compiled ")) >= 20
 
 
