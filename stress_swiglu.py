@@ -1,7 +1,8 @@
 """Random calls of the fused kernel, forward and backward, each judged against float64 and watched at its edges.
 
-    python stress_swiglu.py --minutes 10
-    python stress_swiglu.py --case 1234
+    python stress_swiglu.py --minutes 10                  new cases all the time
+    python stress_swiglu.py --minutes 10 --cycle 100      these over and over: no memory may be lost
+    python stress_swiglu.py --case 1234                   one of them again
 
 A case is drawn from its number alone: sizes from 0 to a few thousand with a liking for tile edges, dtypes, strides,
 offsets, leading dimensions, what is kept for the backward pass. Every tensor, inputs and what the kernels fill, lies
@@ -207,22 +208,32 @@ def run_case(case):
         assert right, "an element of y is wrong"
     # What elements are like: x and dy are of order one, the weights K ** -0.5
     scales = (0.3, 0.3 * (N**0.5) * small, 0.3 * M**0.5, 0.3 * M**0.5)
+    # Chance evens out over many values of gate; over few, more than eager's error is no sign of a fault.
+    lenience = 1 if M * N >= 2000 else 2
     worst = 0.0
     for results in ((y, *gradients), (again, *gradients_again)):
         names = ("y", "dx", "dw_gate", "dw_up")
         for name, result, right, other, scale in zip(names, results, expected, eager, scales, strict=True):
             eager_error = error_of(other, right, scale)
-            limit = max(eager_error, rounding) if name == "y" else max(1.05 * eager_error, 2 * rounding)
+            limit = max(eager_error, rounding) if name == "y" else lenience * max(1.05 * eager_error, 2 * rounding)
             error = error_of(result, right, scale)
             assert error <= limit, f"the error of {name} is {error:.1e}, eager PyTorch's {eager_error:.1e}"
             worst = max(worst, error / limit)
     return worst
 
 
+def memory():
+    """Bytes that PyTorch holds on the GPU, and the most that the process has held on the host."""
+    gc.collect()
+    on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0, on_host
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1, help="how long (1)")
     parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="the case to begin with (0)")
+    parser.add_argument("--cycle", type=int, metavar="N", help="so many different cases, then from the first again")
     parser.add_argument("--case", type=int, metavar="NUMBER", help="this case only")
     parser.add_argument("--csv", type=Path, help="append a line about the run to this file")
     args = parser.parse_args()
@@ -232,44 +243,40 @@ def main():
         print(f"right: at most {run_case(case):.2f} of the error that is allowed")
         return 0
 
-    def memory():
-        """Bytes that PyTorch holds on the GPU, and the most that the process has held on the host."""
-        gc.collect()
-        on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-        return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0, on_host
-
-    worst, number, settled = 0.0, args.first, None
+    worst, done, settled = 0.0, 0, None
     start = time.monotonic()
     with tqdm(total=round(60 * args.minutes), unit="s", disable=None) as progress:
         while (seconds := time.monotonic() - start) < 60 * args.minutes:
-            case = draw(number)
+            if args.cycle and done == 2 * args.cycle:  # compiled in the first round, tuned, with every workspace
+                settled = memory()
+            case = draw(args.first + (done % args.cycle if args.cycle else done))
             try:
                 worst = max(worst, run_case(case))
             except Exception:
-                print(f"{case}\nfailed. Again: python stress_swiglu.py --case {number}", file=sys.stderr)
+                print(f"{case}\nfailed. Again: python stress_swiglu.py --case {case.number}", file=sys.stderr)
                 raise
-            number += 1
-            if settled is None and seconds > 15 * args.minutes:  # a quarter of the time: caches are warm
-                settled = memory()
+            done += 1
             progress.update(round(seconds) - progress.n)
-    (gpu_before, host_before), (gpu, host) = settled or memory(), memory()
+    gpu_grown, host_grown = (now - before for now, before in zip(memory(), settled or (math.nan,) * 2, strict=True))
     summary = {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none (Triton interpreter)",
         "torch": torch.__version__,
         "triton": fts.triton.__version__,
         "first": args.first,
-        "cases": number - args.first,
+        "different_cases": min(done, args.cycle or done),
+        "cases": done,
         "seconds": round(seconds),
         "wrong": 0,
         "worst_error_over_limit": round(worst, 3),
-        "gpu_mib_grown": (gpu - gpu_before) / 2**20,
-        "host_mib_grown": round((host - host_before) / 2**20),
+        "gpu_bytes_grown": gpu_grown,
+        "host_mib_grown": host_grown / 2**20,
         "launchers": len(fts._launchers),
     }
     print("\n".join(f"{name}: {value}" for name, value in summary.items()))
     if args.csv:
         pd.DataFrame([summary]).to_csv(args.csv, mode="a", index=False, header=not args.csv.exists())
-    assert gpu <= gpu_before, "GPU memory grew"
+    assert not gpu_grown > 0 and not host_grown > 32 * 2**20, "memory was lost"
+    assert len(fts._launchers) <= 3 * summary["different_cases"]  # with gate and up, without, and what a tuned one adds
     return 0
 
 

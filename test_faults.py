@@ -693,13 +693,21 @@ def test_launchers_are_bounded(monkeypatch):
 
 
 def test_a_stress_run_ends_well(tmp_path):
-    done = subprocess.run(
-        [sys.executable, HERE / "stress_swiglu.py", "--minutes", "0.1", "--first", "1000", "--csv", tmp_path / "s.csv"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = [sys.executable, HERE / "stress_swiglu.py", "--minutes", "0.15", "--first", "1000", "--cycle", "2"]
+    done = subprocess.run([*command, "--csv", tmp_path / "run.csv"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (row,) = pd.read_csv(tmp_path / "s.csv").to_dict("records")
-    assert row["cases"] > 0 and row["wrong"] == 0 and row["worst_error_over_limit"] <= 1
+    (row,) = pd.read_csv(tmp_path / "run.csv").to_dict("records")
+    assert row["cases"] > 4 and row["different_cases"] == 2 and row["wrong"] == 0
+    assert row["gpu_bytes_grown"] == 0 and row["worst_error_over_limit"] <= 1
+
+
+def test_a_stress_run_notices_lost_memory(monkeypatch):
+    lost = []
+    monkeypatch.setattr(stress_swiglu, "run_case", lambda case: lost.append(case) or 0.5)
+    monkeypatch.setattr(stress_swiglu, "memory", lambda: (len(lost), 0))
+    monkeypatch.setattr(sys, "argv", ["stress_swiglu.py", "--minutes", "0.01", "--cycle", "5"])
+    with pytest.raises(AssertionError, match="memory was lost"):
+        stress_swiglu.main()
 
 
 def test_a_stress_run_says_which_case_fails(monkeypatch, capsys):
