@@ -208,13 +208,13 @@ def run_case(case):
         assert right, "an element of y is wrong"
     # What elements are like: x and dy are of order one, the weights K ** -0.5
     scales = (0.3, 0.3 * (N**0.5) * small, 0.3 * M**0.5, 0.3 * M**0.5)
-    # Chance evens out over many values of gate; over few, more than eager's error is no sign of a fault.
-    lenience = 1 if M * N >= 2000 else 2
     worst = 0.0
     for results in ((y, *gradients), (again, *gradients_again)):
         names = ("y", "dx", "dw_gate", "dw_up")
         for name, result, right, other, scale in zip(names, results, expected, eager, scales, strict=True):
             eager_error = error_of(other, right, scale)
+            # Chance evens out over many values of gate and of the result; over few, twice as much is no fault
+            lenience = 1 if min(M * N, right.numel()) >= 2000 else 2
             limit = max(eager_error, rounding) if name == "y" else lenience * max(1.05 * eager_error, 2 * rounding)
             error = error_of(result, right, scale)
             assert error <= limit, f"the error of {name} is {error:.1e}, eager PyTorch's {eager_error:.1e}"
@@ -266,7 +266,6 @@ def main():
         "different_cases": min(done, args.cycle or done),
         "cases": done,
         "seconds": round(seconds),
-        "wrong": 0,
         "worst_error_over_limit": round(worst, 3),
         "gpu_bytes_grown": gpu_grown,
         "host_mib_grown": host_grown / 2**20,

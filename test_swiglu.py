@@ -1085,6 +1085,9 @@ def test_where_the_hopper_kernel_applies(monkeypatch):
     ]
     for i, (applies, rows, gate, up) in enumerate(cases):
         assert fts.hopper_applies(fts._in_rows(rows), gate, up, H100) == applies, i
+        for m in (1, 129, 300) if rows.is_contiguous() else ():  # with any_m M does not matter
+            answer = fts.hopper_applies(fts._in_rows(rows[:m]), gate, up, H100, any_m=True)
+            assert answer == (applies or i in (4, 5)), (i, m)
     for device in (TARGETS["sm_80"], TARGETS["sm_100"], TARGETS["gfx942"]):
         assert not fts.hopper_applies(fts._in_rows(x), w_gate, w_up, device)
 
@@ -1530,7 +1533,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert (tmp_path / "swiglu_benchmark.png").is_file()
 
 
-RECORDED = sorted((HERE / "results").glob("*.csv"))
+RECORDED = sorted(path for path in (HERE / "results").glob("*.csv") if path.stem != "h200_stress")
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
