@@ -5,6 +5,7 @@ As in test_swiglu.py: they run on a GPU, or through Triton's interpreter; what n
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import shutil
@@ -25,7 +26,7 @@ import stress_swiglu
 from baseline_torch_swiglu import torch_swiglu
 from benchmark import ROUNDING, make_dy, make_inputs, reference, relative_error
 from fused_triton_swiglu import fused_swiglu
-from test_swiglu import DEVICE, DTYPES, GPU, HERE, LAYOUTS, needs_gpu, needs_hopper, run_python
+from test_swiglu import DEVICE, DTYPES, GPU, HERE, LAYOUTS, TARGETS, needs_gpu, needs_hopper, run_python
 
 # Few rows, which swiglu_kernel computes, and where the kernel for Hopper does
 SHAPES = [(20, 72, 136)] + ([(300, 328, 5768)] if GPU else [])
@@ -691,6 +692,50 @@ def test_interrupted_tuning(monkeypatch, fresh):
     assert relative_error(y, reference(*inputs)) <= ROUNDING[torch.bfloat16]
 
 
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("no memory for the flush"), KeyboardInterrupt()], ids=repr)
+def test_tuning_that_fails(failure, monkeypatch):
+    """On any machine, as if there were something to tune: with too little memory the default serves."""
+
+    class Tuner:
+        best_config = None
+
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            self.nargs = args
+            raise failure
+
+    class Kernel:
+        """Without a GPU nothing is compiled that could be launched again."""
+
+        arg_names = fts.swiglu_kernel.arg_names
+
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: self.kernel[grid](*args, **kwargs) or {(1, 1, 1): None}
+
+    tuner = Tuner()
+    monkeypatch.setattr(fts, "TUNERS", dict.fromkeys(fts.TUNERS, tuner))
+    monkeypatch.setattr(fts, "swiglu_kernel", Kernel(fts.swiglu_kernel))
+    monkeypatch.setattr(fts, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x, w_gate, w_up = make_inputs(3, 16, 24, torch.float16, "linear", DEVICE)
+    y = torch.full((3, 24), float("nan"), dtype=torch.float16, device=DEVICE)
+    launch = functools.partial(fts._launch_triton, fts._in_rows(x), w_gate, w_up, y, None, fts.TUNED)
+    if isinstance(failure, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            launch()
+    else:
+        with pytest.warns(UserWarning, match="is not tuned for M = 3, K = 16, N = 24 yet: .*no memory for the flush"):
+            launcher = launch()
+        assert not launcher.final
+        assert relative_error(y, reference(x, w_gate, w_up)) <= ROUNDING[torch.float16]
+    assert tuner.nargs is None
+
+
 @needs_gpu
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
 def test_ctrl_c(seconds, tmp_path):
@@ -872,3 +917,28 @@ def test_benchmark_notices_another_process(tmp_path):
         finally:
             other.kill()
     assert "WARNING: something else uses this GPU" in out
+
+
+# ---- The README's account of it ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_readme_table_of_batch_invariance_is_the_recorded_one(layout):
+    table = pd.read_csv(HERE / f"results/h200_bfloat16_{layout}_batch_invariant.csv")
+    times = table[table.method == benchmark.FLUSHED].pivot(index="M", columns="provider", values="ms") * 1e3
+    cells = [f"{row.fused:.1f} → {row['fused, batch-invariant']:.1f}" for _, row in times.iterrows()]
+    assert f"| {' | '.join(cells)} |" in (HERE / "README.md").read_text()
+
+
+def test_readme_counts_what_was_tried():
+    readme = (HERE / "README.md").read_text()
+    runs = pd.read_csv(HERE / "results" / "h200_stress.csv")
+    soak = runs[runs.cases > runs.different_cases]
+    assert f"| {runs.different_cases.sum()} different ones in nine runs" in readme and len(runs) == 9
+    assert f"{soak.cases.sum()} calls in two runs of 3.7 minutes" in readme and len(soak) == 2
+    assert (soak.seconds.div(60).round(1) == 3.7).all() and soak.gpu_bytes_grown.eq(0).all()
+    assert f"at most {soak.host_mib_grown.max()} MiB" in readme
+    assert f"| {len(MUTANTS)} of the Triton kernels in every run of the tests, {len(HOPPER_MUTANTS)} of the" in readme
+    assert f"{CASES if GPU else 500} in the tests there, {50 if GPU else CASES} in the interpreter" in readme
+    targets = ", ".join([*TARGETS]).replace(" sm_", " ")
+    assert f"| {targets}, without a GPU |" in readme
