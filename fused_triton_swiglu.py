@@ -653,11 +653,8 @@ def _check(x, w_gate, w_up):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Launch
+# Where Triton fails: a configuration, Gluon, the cache folder
 # ----------------------------------------------------------------------------------------------------------------
-
-INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernel above
-
 
 # What a kernel raises that Triton cannot compile here, or that does not fit this GPU; but see FATAL.
 UNUSABLE = TritonError, RuntimeError, TypeError, AttributeError
@@ -683,6 +680,7 @@ def _working(configs, launch):
 
 
 def _brief(error):
+    """In one line: Triton's messages begin with the source and end with what is wrong."""
     return f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
 
 
@@ -696,9 +694,7 @@ def _gluon_may_fail():
         raise
     except UNUSABLE as error:
         gluon = None
-        warnings.warn(
-            f"fused_swiglu goes on without its kernels for Hopper, up to 10 % slower: {_brief(error)}", stacklevel=2
-        )
+        warnings.warn(f"fused_swiglu goes on without its kernels for Hopper, slower: {_brief(error)}", stacklevel=2)
 
 
 @functools.cache
@@ -727,6 +723,13 @@ def _despite_cache_faults(launch):
             return result
 
     return launch_again
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Launch
+# ----------------------------------------------------------------------------------------------------------------
+
+INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernel above
 
 
 def _prune(configs, args, **kwargs):
