@@ -58,6 +58,7 @@ TARGETS = {
     "gfx950": fts.Device("MI355X", "hip", "gfx950", 256, 160 * 1024),
 }
 WITH_TMA = ("sm_90", "sm_100", "sm_103")
+COMPILED_IN_FULL = ("sm_80", "sm_90", "sm_100", "gfx942")  # one of a kind; for the others half of it: CI has 15 minutes
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
@@ -1191,7 +1192,9 @@ def compile_everything(target_name):
         for M, N, operands in itertools.product((1, 32, 64, 128, 256, 4096), (512, 14336), {"", tma}):
             usable = fts.usable_configs(kind, M, N, operands, device)
             configs += [config for config in usable if config not in configs]
-        for config, plain in itertools.product(configs, (True, False)):  # not plain: ragged along K, gate and up kept
+        # Not plain: ragged along K, gate and up kept
+        variants = (True, False) if target_name in COMPILED_IN_FULL else (layout == "linear",)
+        for config, plain in itertools.product(configs, variants):
             result = compile_for(target, kind, config, layout, even_k=plain, keep=not plain)
             compiled += 1
             # The epilogue that stores three tiles spills in some of them, once per tile: Triton 3.9 up to 136 bytes.
@@ -1237,7 +1240,7 @@ def test_every_configuration_compiles(compilations, target):
     assert done.returncode == 0, done.stderr[-3000:]
     *problems, last = done.stdout.splitlines()
     assert not problems, done.stdout
-    assert int(last.removeprefix("compiled ")) >= 20
+    assert int(last.removeprefix("compiled ")) >= 16
 
 
 # ---- On a GPU: tuning, memory, capture, devices ----
