@@ -618,7 +618,7 @@ def parse_args(argv=None):
     parser.add_argument("--layout", choices=LAYOUTS, default="linear", help=layout_help)
     provider_help = (
         f"contenders, from: {', '.join(map(repr, EVERY_PROVIDER))}, or all (torch is always there; "
-        f"{', '.join(ON_REQUEST + PEERS)} only if named, or by all, and if installed)"
+        f"{', '.join(ON_REQUEST)} only if named, or with all; so are {', '.join(PEERS)}, where installed)"
     )
     parser.add_argument("--providers", choices=(*EVERY_PROVIDER, "all"), nargs="+", metavar="P", help=provider_help)
     backward_help = "the forward and the backward pass together, and the memory they take"

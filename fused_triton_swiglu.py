@@ -143,7 +143,7 @@ def _cdiv(a, b):
     return -(-a // b)
 
 
-MANY_ROWS = 8192
+MANY_ROWS = 8192  # more make no difference to the choice of a configuration
 
 
 def m_bucket(M):
@@ -656,7 +656,8 @@ def _check(x, w_gate, w_up):
 # Where Triton fails: a configuration, Gluon, the cache folder
 # ----------------------------------------------------------------------------------------------------------------
 
-# What a kernel raises that Triton cannot compile here, or that does not fit this GPU; but see FATAL.
+# What a kernel raises that Triton cannot compile or load here, that does not fit this GPU, or that calls what Gluon no
+# longer has; but see FATAL.
 UNUSABLE = TritonError, RuntimeError, TypeError, AttributeError
 FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors too, and not the kernel's fault
 
@@ -709,7 +710,7 @@ def _despite_cache_faults(launch):
     def launch_again(*args, **kwargs):
         try:
             return launch(*args, **kwargs)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # all but the first: JSON that is not what it was
             folder = triton.knobs.cache.dir
             with triton.knobs.cache.scope():
                 triton.knobs.cache.dir = _temporary_folder().name
@@ -730,6 +731,7 @@ def _despite_cache_faults(launch):
 # ----------------------------------------------------------------------------------------------------------------
 
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernel above
+TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"  # how a configuration is chosen: see fused_swiglu
 
 
 def _prune(configs, args, **kwargs):
@@ -847,10 +849,6 @@ def _on_device_of(t):
     """A context in which kernels are launched where `t` lies."""
     elsewhere = t.is_cuda and t.device.index != torch.cuda.current_device()
     return torch.cuda.device(t.device) if elsewhere else contextlib.nullcontext()
-
-
-# How the configuration is chosen: see fused_swiglu
-TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"
 
 
 def _forward(x, w_gate, w_up, keep, choice):
@@ -1231,6 +1229,8 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
         TypeError: an argument is no tensor, or of another dtype than these.
         ValueError: shapes or devices do not fit each other.
         NotImplementedError: under torch.vmap, or in a second backward pass through the first one.
+        RuntimeError: no configuration works on this GPU; it gives the reason of each. Where one fails and another
+            serves, and where Triton's cache folder cannot be used, a warning says so.
     """
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
         if not isinstance(t, torch.Tensor):

@@ -1240,7 +1240,7 @@ def test_every_configuration_compiles(compilations, target):
     assert done.returncode == 0, done.stderr[-3000:]
     *problems, last = done.stdout.splitlines()
     assert not problems, done.stdout
-    assert int(last.removeprefix("compiled ")) >= 16
+    assert int(last.removeprefix("compiled ")) >= (20 if target in COMPILED_IN_FULL else 16)
 
 
 # ---- On a GPU: tuning, memory, capture, devices ----
@@ -1536,7 +1536,8 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert (tmp_path / "swiglu_benchmark.png").is_file()
 
 
-RECORDED = sorted(path for path in (HERE / "results").glob("*.csv") if path.stem != "h200_stress")
+TRIALS = ("h200_stress", "h200_sanitizer")  # what was tried, not timed: see test_faults.py
+RECORDED = sorted(path for path in (HERE / "results").glob("*.csv") if path.stem not in TRIALS)
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
