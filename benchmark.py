@@ -119,7 +119,7 @@ def differentiated(run, dy):
 
 def relative_error(result, expected):
     """Norm of the difference over the norm of `expected`, a float64 tensor or the next best; NaN if one is there."""
-    return ((result.to(expected.dtype) - expected).norm() / expected.norm()).item()
+    return ((result.to(expected) - expected).norm() / expected.norm()).item()
 
 
 @contextlib.contextmanager
