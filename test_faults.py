@@ -97,7 +97,7 @@ def assert_found(right, wrong, folder):
     code = f"from stress_swiglu import draw, run_case\nfor number in range({CASES}): run_case(draw(number))"
     folder = mutated_copy(folder, right, wrong)
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 1, "no case found it"
+    assert done.returncode != 0, "no case found it"
     assert any(error in done.stderr for error in ("\nAssertionError: ", "CUDA error"))
 
 
@@ -737,9 +737,11 @@ def test_tuning_that_fails(failure, monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
 def test_ctrl_c(seconds, tmp_path):
-    """As a user does it, at some moment of compiling or tuning; the next process finds nothing wrong."""
+    """As a user does it, at some moment of compiling or tuning; it harms neither this process nor the next."""
+    cache, left = tmp_path / "cache", tmp_path / "left"
+    cache.mkdir()
     interrupted = CALL + (
-        "import signal, threading, time\n"
+        "import shutil, signal, threading, time\n"
         f"seconds = {seconds}\n"
         "threading.Timer(seconds, signal.raise_signal, [signal.SIGINT]).start()\n"
         "try:\n"
@@ -747,12 +749,13 @@ def test_ctrl_c(seconds, tmp_path):
         "    time.sleep(seconds)  # it was quicker, or the interrupt met code that ignores it\n"
         "except KeyboardInterrupt:\n"
         "    pass\n"
+        f"shutil.copytree({str(cache)!r}, {str(left)!r})\n"
         "call(20, 4104)\n"
         "print('right')"
     )
-    assert run_python(interrupted, HERE, TRITON_CACHE_DIR=str(tmp_path)) == "right\n"
+    assert run_python(interrupted, HERE, TRITON_CACHE_DIR=str(cache)) == "right\n"
     again = CALL + "warnings.simplefilter('error')\ncall(20, 4104)\nprint('right')"
-    assert run_python(again, HERE, TRITON_CACHE_DIR=str(tmp_path)) == "right\n"
+    assert run_python(again, HERE, TRITON_CACHE_DIR=str(left)) == "right\n"
 
 
 # ---- CUDA graphs, and long lives ----
@@ -765,7 +768,7 @@ def test_replays_after_many_other_calls(M, K, N, fresh):
     leaves = [t.requires_grad_() for t in make_inputs(M, K, N, torch.bfloat16, "linear", DEVICE)]
     dy = make_dy(M, N, torch.bfloat16, DEVICE)
     both_passes = benchmark.differentiated(lambda t: fused_swiglu(*t), dy)
-    torch.mm(dy.t(), dy)  # cuBLAS takes its workspace
+    benchmark.differentiated(lambda t: torch_swiglu(*t), dy)(leaves)  # cuBLAS starts, in autograd's thread too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = both_passes(leaves)
