@@ -411,6 +411,41 @@ def test_gradient_of_x_is_one_accumulation():
         assert relative_error(dx, expected) <= ROUNDING[torch.bfloat16]
 
 
+@pytest.mark.parametrize("K, parts", [(8, [8]), (64, [64]), (65, [64, 1]), (200, [192, 8]), (256, [256])])
+def test_products_in_parts(K, parts, monkeypatch):
+    """What cuBLAS may leave out of a small product in 16 bits is a product of its own."""
+    monkeypatch.setattr(fts, "device_of", lambda index: TARGETS["sm_90"])
+    a, b = randn(3, K, dtype=torch.float16), randn(K, 5, dtype=torch.float16)
+    pairs = fts._parts(a, b)
+    assert [part.shape[1] for part, _ in pairs] == parts
+    assert torch.allclose(sum(c.double() @ d.double() for c, d in pairs), a.double() @ b.double())
+    assert len(fts._parts(a.float(), b.float())) == 1
+    assert len(fts._parts(a.expand(2**20, 3, K)[:, 0], b)) == 1
+
+
+@needs_gpu
+@pytest.mark.parametrize("out", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("M, K, N", [(2561, 2824, 8), (4353, 376, 336), (3713, 464, 640), (9857, 184, 1512)])
+def test_small_products_have_every_row(M, K, N, dtype, out):
+    """By itself cuBLAS 13.1 left the last row out of these, on an H200: 1e-2 and more."""
+    x, d = randn(M, K, dtype=dtype), randn(M, 2 * N, dtype=dtype)
+    dw = torch.full((N, K) if out == "linear" else (K, N), float("nan"), dtype=dtype, device=DEVICE)
+    dw = dw.t() if out == "linear" else dw
+    fts._multiply(x.t(), d[:, :N], dw)
+    assert relative_error(dw, x.double().t() @ d[:, :N].double()) <= ROUNDING[dtype]
+
+
+@needs_gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_small_gradients_have_every_row(recompute):
+    leaves = leaves_of(2561, 2824, 8, torch.float16)
+    dy = make_dy(2561, 8, torch.float16, DEVICE)
+    results = differentiated(lambda t: fused_swiglu(*t, autotune=False, recompute=recompute), dy)(leaves)
+    for result, expected in zip(results, reference(*leaves, dy), strict=True):
+        assert relative_error(result, expected) <= 2 * ROUNDING[torch.float16]
+
+
 def test_backward_formula_at_extremes():
     gate = torch.tensor([-1e4, -200.0, -1.0, 0.0, 1.0, 200.0, 1e4, float("nan"), float("inf")], device=DEVICE)
     up, dy = torch.full_like(gate, 3.0), torch.full_like(gate, 2.0)
@@ -984,13 +1019,14 @@ def force(config):
 # Small ones are for compute-sanitizer too, which takes its time: see the README. Under it cuBLAS's 16-bit kernels fail
 # (racecheck) or leave what counts as unwritten (initcheck), so PyTorch computes on the CPU what these compare with.
 SMALL_AND_LARGE = ["small", pytest.param("large", marks=needs_gpu)]
+RUNS = {"small": 3 if GPU else 1, "large": 20}  # to have the same bits: a race in one configuration came and went
 
 
 @pytest.mark.parametrize("size", SMALL_AND_LARGE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind, config", EVERY_CONFIG, ids=config_id)
 def test_every_configuration(kind, config, layout, size):
-    """One tile, ragged edges, many waves; several times, as a race in one configuration came and went (FINDINGS)."""
+    """One tile, ragged edges, many waves; right, and the same in each run."""
     if config.kwargs["TMA"] == "xw" and layout != "linear":
         pytest.skip("the weights' descriptor takes nn.Linear weights only")
     block_m, block_n, block_k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -1018,11 +1054,14 @@ def test_every_configuration(kind, config, layout, size):
                 limit = 1.05 * eager_error if kind == "tf32" else max(eager_error, ROUNDING[dtype])
                 x, w_gate, w_up = (t.to(expected.dtype) for t in compared)
                 expected_gate_up = torch.cat([x @ w_gate, x @ w_up], dim=1)
-                for _ in range(3 if GPU else 1):
+                results = None
+                for _ in range(RUNS[size]):
                     with nan_in_new_memory():
-                        y, gate_up = force(config)(*inputs)
-                    assert relative_error(y, expected) <= limit, (M, K, N, dtype)
-                    assert relative_error(gate_up, expected_gate_up) <= limit, (M, K, N, dtype)
+                        again = force(config)(*inputs)
+                    results = results or again
+                    assert all(map(torch.equal, again, results)), (M, K, N, dtype)
+                assert relative_error(results[0], expected) <= limit, (M, K, N, dtype)
+                assert relative_error(results[1], expected_gate_up) <= limit, (M, K, N, dtype)
             finally:
                 torch.set_float32_matmul_precision(previous)
 
@@ -1042,7 +1081,7 @@ def gate_up_times_weights(gate_up, w_gate, w_up):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_hopper_kernels(dtype, layout, size):
-    """One tile, ragged edges, many waves, the last one in whole and in half tiles; several times, as for the others."""
+    """One tile, ragged edges, many waves, the last one in whole and in half tiles; the same in each run."""
     sizes = [(1, 8, 8), (128, 64, 128), (129, 72, 136), (77, 264, 520)]
     if size == "large":
         sizes = [(1037, 1096, 4104), (4100, 1024, 8192), (512, 4096, 14336), (2048, 4096, 14336), (8192, 4096, 4096)]
@@ -1055,16 +1094,18 @@ def test_hopper_kernels(dtype, layout, size):
         limit = max(relative_error(torch_swiglu(*compared), expected), ROUNDING[dtype])
         x, w_gate, w_up = inputs
         d = expected_gate_up.to(DEVICE, dtype).split(N, dim=1)
-        for _ in range(3):
+        results = None
+        for _ in range(RUNS[size]):
             y, kept_y = (torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
             gate_up = torch.full((M, 2 * N), float("nan"), dtype=dtype, device=DEVICE)
             dx = torch.full((M, K), float("nan"), dtype=dtype, device=DEVICE)
             fts._launch_hopper(fts._in_rows(x), w_gate, w_up, y, None)
             fts._launch_hopper(fts._in_rows(x), w_gate, w_up, kept_y, gate_up)
             fts._launch_hopper_dx(*d, w_gate, w_up, dx)
-            assert relative_error(y, expected) <= limit and torch.equal(y, kept_y), (M, K, N)
-            assert relative_error(gate_up, expected_gate_up) <= limit, (M, K, N)
-            assert relative_error(dx, expected_dx) <= limit, (M, K, N)
+            results = results or (y, gate_up, dx)
+            assert torch.equal(y, kept_y) and all(map(torch.equal, (y, gate_up, dx), results)), (M, K, N)
+        for result, right in zip(results, (expected, expected_gate_up, expected_dx), strict=True):
+            assert relative_error(result, right) <= limit, (M, K, N)
 
 
 def test_where_the_hopper_kernel_applies(monkeypatch):
