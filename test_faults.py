@@ -742,6 +742,7 @@ def test_ctrl_c(seconds, tmp_path):
     cache.mkdir()
     interrupted = CALL + (
         "import shutil, signal, threading, time\n"
+        "reference(*make_inputs(20, 328, 4104, torch.bfloat16, 'linear', 'cuda'))  # CUDA has started\n"
         f"seconds = {seconds}\n"
         "threading.Timer(seconds, signal.raise_signal, [signal.SIGINT]).start()\n"
         "try:\n"
