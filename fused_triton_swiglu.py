@@ -1066,7 +1066,8 @@ def _parts(a, b):
     """Products of which a @ b is the sum, each one that cuBLAS gets right: one, or two along the sum.
 
     Where a result is small, some of its 16-bit kernels leave out what follows the last whole step of the sum (13.1 on
-    an H200, one in a thousand random shapes, those of up to 300,000 elements; eager PyTorch meets it too).
+    an H200: one or two in a thousand random shapes, of up to 300,000 elements; eager PyTorch meets it too). For dw_gate
+    at M = 2561, K = 2824, N = 8 two parts take 62 us, one that lacks the last row 14.
     """
     whole = a.shape[1] // CUBLAS_STEP * CUBLAS_STEP
     small = a.element_size() == 2 and a.shape[0] * b.shape[1] < 2**20
