@@ -326,7 +326,7 @@ def test_processes_share_a_cache(tmp_path):
     processes = [subprocess.Popen(command, cwd=HERE, env=environment, **pipe) for _ in range(4)]
     for process in processes:
         _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0 and "Warning" not in errors, errors
+        assert process.returncode == 0 and "Warning: fused_swiglu" not in errors, errors
     assert not [*tmp_path.rglob("tmp.pid_*")]
 
 
@@ -743,6 +743,7 @@ def test_ctrl_c(seconds, tmp_path):
     interrupted = CALL + (
         "import shutil, signal, threading, time\n"
         "reference(*make_inputs(20, 328, 4104, torch.bfloat16, 'linear', 'cuda'))  # CUDA has started\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored\n"
         f"seconds = {seconds}\n"
         "threading.Timer(seconds, signal.raise_signal, [signal.SIGINT]).start()\n"
         "try:\n"
@@ -755,7 +756,7 @@ def test_ctrl_c(seconds, tmp_path):
         "print('right')"
     )
     assert run_python(interrupted, HERE, TRITON_CACHE_DIR=str(cache)) == "right\n"
-    again = CALL + "warnings.simplefilter('error')\ncall(20, 4104)\nprint('right')"
+    again = CALL + "warnings.filterwarnings('error', 'fused_swiglu')\ncall(20, 4104)\nprint('right')"
     assert run_python(again, HERE, TRITON_CACHE_DIR=str(left)) == "right\n"
 
 
