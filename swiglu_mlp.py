@@ -1,0 +1,129 @@
+"""SwiGLU as a layer: ``down_proj(silu(gate_proj(x)) * up_proj(x))``, for one's own model or one of Hugging Face's.
+
+    from swiglu_mlp import SwiGLUMLP, replace_mlps
+
+    mlp = SwiGLUMLP(4096, 14336)
+    replace_mlps(llama)
+
+It can be trained and compiled, also under DDP, FSDP2 and PyTorch's tensor parallelism. A second file to copy, for
+whoever has a model: it needs torch, and fused_triton_swiglu.py beside it.
+"""
+
+import torch
+from torch.nn.functional import silu
+
+from fused_triton_swiglu import fused_swiglu
+
+# Names of an MLP's layers. Of gate_up_proj's rows (2N, K) the first half is gate_proj's, as in Phi-3 and GLM.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PACKED_PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+class SwiGLUMLP(torch.nn.Module):
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))``, the feed-forward layer of Llama, Mistral and Qwen.
+
+    x is (..., hidden_size), and so is the result. Parameters have the names and shapes of Hugging Face's MLPs, so that
+    load_state_dict takes theirs: gate_proj.weight and up_proj.weight (intermediate_size, hidden_size), down_proj.weight
+    (hidden_size, intermediate_size). `recompute` as in fused_swiglu.
+
+    Tensor parallelism: parallelize_module with ColwiseParallel() for gate_proj and up_proj, RowwiseParallel() for
+    down_proj. Each rank computes its columns. x is an ordinary tensor, the same on every rank, or a DTensor over the
+    same mesh. Of these layers' hooks only down_proj's run: its output_layouts may be others.
+
+    Raises:
+        ValueError: weights are DTensors in forward, and not spread like that. So are those of gate_up_proj always.
+    """
+
+    def __init__(self, hidden_size, intermediate_size, *, recompute=False, device=None, dtype=None):
+        super().__init__()
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = torch.nn.Linear(hidden_size, intermediate_size, **options)
+        self.up_proj = torch.nn.Linear(hidden_size, intermediate_size, **options)
+        self.down_proj = torch.nn.Linear(intermediate_size, hidden_size, **options)
+        self.recompute = recompute
+
+    def forward(self, x):
+        packed = "gate_up_proj" in self._modules  # instead of the two, where replace_mlps found it
+        weights = [self.gate_up_proj.weight] if packed else [self.gate_proj.weight, self.up_proj.weight]
+        if any(hasattr(w, "placements") for w in weights):  # of DTensor, whose import costs a while
+            x, weights = _of_this_rank(x, self)
+        w_gate, w_up = weights[0].chunk(2) if packed else weights
+        return self.down_proj(fused_swiglu(x, w_gate.t(), w_up.t(), recompute=self.recompute))
+
+
+def _of_this_rank(x, mlp):
+    """x (..., K), and this rank's rows of gate_proj.weight and up_proj.weight, as ordinary tensors."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    # Without gate_up_proj: some ranks would have rows of gate's, the others of up's. With down_proj, which tells these
+    # from layers that fully_shard was called for one by one: all of those are Shard(0).
+    expected = {"gate_proj": (Shard(0),), "up_proj": (Shard(0),), "down_proj": (Shard(1),)}
+    for name, layer in mlp.named_children():
+        placements, right = getattr(layer.weight, "placements", None), expected.get(name)
+        if placements != right:
+            raise ValueError(f"{name}.weight has the placements {placements}: expected {right} (None: no DTensor)")
+    mesh = mlp.gate_proj.weight.device_mesh
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, [Replicate()])
+    # A rank's columns give it a part of x's gradient. Unless told so, DTensor takes the part for the whole.
+    x = x.redistribute(mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+    return x, [mlp.gate_proj.weight.to_local(), mlp.up_proj.weight.to_local()]
+
+
+def replace_mlps(model, *, recompute=False):
+    """Swap every MLP inside a Hugging Face Llama, Mistral, Qwen, Phi-3 or GLM model for a SwiGLUMLP, in place.
+
+    An MLP is a module with the layers gate_proj, up_proj and down_proj, or gate_up_proj and down_proj. They are taken
+    over as they are: parameters, optimizers and checkpoints do not notice. Returns the model.
+
+    Raises:
+        ValueError: there is no MLP, or one has a bias, another kind of layer than nn.Linear, another activation than
+            SiLU, up before gate in gate_up_proj, or hooks, as of an earlier fully_shard. Then nothing was changed.
+    """
+    found = []
+    for path, parent in model.named_modules():
+        for name, mlp in parent.named_children():
+            for projections in (PROJECTIONS, PACKED_PROJECTIONS):
+                if mlp._modules.keys() >= set(projections) and not isinstance(mlp, SwiGLUMLP):
+                    _check_mlp(f"{path}.{name}".lstrip("."), mlp, projections)
+                    found.append((parent, name, mlp, projections))
+    if not found:
+        layers = " or ".join(map(", ".join, (PROJECTIONS, PACKED_PROJECTIONS)))
+        raise ValueError(f"{type(model).__name__} holds no module with {layers}: nothing to replace")
+    for parent, name, mlp, projections in found:
+        replacement = SwiGLUMLP(1, 1, recompute=recompute, device="meta")
+        replacement._modules.clear()
+        for projection in mlp._modules:  # in its own order, by which optimizers number parameters
+            if projection in projections:
+                setattr(replacement, projection, getattr(mlp, projection))
+        setattr(parent, name, replacement.train(mlp.training))
+    return model
+
+
+def _check_mlp(path, mlp, projections):
+    """Raise if SwiGLUMLP would compute something else than this module does."""
+    if mlp._forward_pre_hooks or mlp._forward_hooks:
+        raise ValueError(f"{path} has hooks: expected none, as they would be lost (call replace_mlps first)")
+    for projection in projections:
+        layer = getattr(mlp, projection)
+        if type(layer) is not torch.nn.Linear or layer.bias is not None:
+            raise ValueError(f"{path}.{projection} is {layer}: expected an nn.Linear without bias")
+    if projections == PROJECTIONS:
+        probe = torch.linspace(-8, 8, 65, device="cpu")
+        act_fn = getattr(mlp, "act_fn", None)
+        if act_fn is None or not torch.allclose(act_fn(probe), silu(probe)):
+            raise ValueError(f"{path}.act_fn is {act_fn}: expected SiLU")
+    else:
+        # Nothing in a module says which half is gate's, so it computes a few rows: with small weights in the place of
+        # its own, which may be all zero, spread over ranks or on the meta device.
+        numbers = torch.Generator("cpu").manual_seed(0)
+        x, gate, up, down = torch.randn(4, 8, 8, generator=numbers, dtype=torch.float64, device="cpu")
+        x *= torch.logspace(-1, 2, 8, device="cpu")[:, None]  # far enough to meet a module that clamps
+        weights = {"gate_up_proj.weight": torch.cat([gate, up]), "down_proj.weight": down}
+        with torch.no_grad():
+            y = torch.func.functional_call(mlp, weights, x)
+        if not torch.allclose(y, (silu(x @ gate.t()) * (x @ up.t())) @ down.t()):
+            raise ValueError(
+                f"{path} computes another formula: expected down_proj(silu(gate) * up), with gate the first half of "
+                "gate_up_proj's result and up the second"
+            )

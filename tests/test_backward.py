@@ -1,0 +1,284 @@
+"""The backward pass: gradients right by themselves, and with whatever else autograd does to them."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+import benchmark
+import fused_triton_swiglu as fts
+from baseline_torch_swiglu import torch_swiglu
+from benchmark import (
+    LAYOUTS,
+    ROUNDING,
+    gradient_limit,
+    make_dy,
+    make_inputs,
+    nan_in_new_memory,
+    reference,
+    relative_error,
+)
+from common import DEVICE, DTYPES, GPU, assert_gradients_right, leaves_of, needs_gpu, randn, saved_by, untuned
+from fused_triton_swiglu import fused_swiglu
+from test_forward import LEADING, K, N
+
+both_ways = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+SIZES = [(1, 1, 1), (2, 3, 5), (17, 33, 65), (129, 67, 31)]
+SIZES += [(1, 1024, 4096), (300, 1096, 4104), (517, 1031, 2063), (4100, 1024, 2048)] if GPU else []
+
+
+@both_ways
+@pytest.mark.parametrize("layout", [*LAYOUTS, "unlike"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, K, N", SIZES)
+def test_gradients(M, K, N, dtype, layout, recompute):
+    x, w_gate, w_up = make_inputs(M, K, N, dtype, "row-major" if layout == "row-major" else "linear", DEVICE)
+    leaves = x, w_gate, w_up.contiguous() if layout == "unlike" else w_up
+    for t in leaves:
+        t.requires_grad_()
+    dy = make_dy(M, N, dtype, DEVICE)
+    assert_gradients_right(leaves, dy, functools.partial(untuned, recompute=recompute))
+    if layout != "unlike":  # nn.Linear takes them over as they are
+        gradients = torch.autograd.grad(untuned(*leaves, recompute=recompute), leaves, dy)
+        assert [t.stride() for t in gradients] == [t.stride() for t in leaves]
+
+
+@both_ways
+@pytest.mark.parametrize("name", LEADING)
+def test_leading_dimensions(name, recompute):
+    x = LEADING[name](randn(2, 3, 35, K, dtype=torch.float16)).detach()
+    weights = make_inputs(1, x.shape[-1], N, torch.float16, "linear", DEVICE)[1:]
+    leaves = [t.requires_grad_() for t in (x, *weights)]
+    dy = randn(*x.shape[:-1], N, dtype=torch.float16)
+    assert_gradients_right(leaves, dy, functools.partial(untuned, recompute=recompute))
+
+
+@both_ways
+@pytest.mark.parametrize("M, K, N", [(0, 8, 4), (3, 8, 0), (3, 0, 4), (0, 0, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty(M, K, N, dtype, recompute):
+    inputs = [randn(*shape, dtype=dtype).requires_grad_() for shape in ((2, M, K), (K, N), (K, N))]
+    with nan_in_new_memory():
+        fused_swiglu(*inputs, recompute=recompute).sum().backward()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in inputs)
+
+
+@pytest.mark.parametrize("dy", ["expanded", "transposed", "steps"])
+def test_strided_incoming_gradients(dy):
+    leaves = leaves_of(20, K, N)
+    dys = {"expanded": randn(1, N).expand(20, N), "transposed": randn(N, 20).t(), "steps": randn(40, 3 * N)[::2, ::3]}
+    assert_gradients_right(leaves, dys[dy])
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(dtype, recompute):
+    """NaN and infinities where float64 has them. The weights' gradients are dgate and dup, as x is 1 and K is 1."""
+    info = torch.finfo(dtype)
+    special = [1.0, float("nan"), float("inf"), -float("inf"), 1e4, -1e4, 50.0, -50.0, 0.0, info.max, -info.max]
+    x, values = torch.ones(1, 1, dtype=dtype, device=DEVICE), torch.tensor([special], dtype=dtype, device=DEVICE)
+    leaves = [values.clone().requires_grad_() for _ in range(2)]
+    fused_swiglu(x, *leaves, recompute=recompute).sum().backward()
+    gate, up = (values.double().requires_grad_() for _ in range(2))
+    (torch.nn.functional.silu(gate) * up).sum().backward()
+    rtol = max(2 * info.eps, 3e-6)  # see test_forward.py
+    for leaf, exact in zip(leaves, (gate, up), strict=True):
+        torch.testing.assert_close(leaf.grad, exact.grad.to(dtype), rtol=rtol, atol=info.tiny, equal_nan=True)
+
+
+# ---- What is kept and computed ----
+
+
+class CountCalls(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often each PyTorch operator runs."""
+
+    def __enter__(self):
+        self.calls = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return function(*args, **kwargs or {})
+
+
+@both_ways
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=3) if any(n)], ids=str)
+def test_only_what_is_needed(needs, layout, recompute):
+    M = 20
+    inputs = make_inputs(M, K, N, torch.float32, layout, DEVICE)
+    x, w_gate, w_up = (t.requires_grad_(need) for t, need in zip(inputs, needs, strict=True))
+    leaves = [t for t in (x, w_gate, w_up) if t.requires_grad]
+    dy = make_dy(M, N, torch.float32, DEVICE)
+    saved = saved_by(lambda: fused_swiglu(*inputs, recompute=recompute))
+    assert sum(t.shape == (M, 2 * N) for t in saved) == (not recompute)
+    assert any(t is x for t in saved) == (recompute or needs[1] or needs[2])  # frozen weights: x is not kept
+    assert any(t is w_gate for t in saved) == any(t is w_up for t in saved) == (recompute or needs[0])
+    y = fused_swiglu(*inputs, recompute=recompute)
+    with CountCalls() as count:
+        gradients = torch.autograd.grad(y, leaves, dy)
+    expected = [g for g, need in zip(reference(*inputs, dy)[1:], needs, strict=True) if need]
+    for gradient, right in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, right) <= ROUNDING[torch.float32]
+    weights = 1 if layout == "linear" and needs[1] and needs[2] else needs[1] + needs[2]
+    assert count.calls["mm"] == needs[0] + weights
+    assert count.calls.get("addmm_", 0) == needs[0] and count.calls.get("swiglu", 0) == recompute
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    inputs = make_inputs(5, 16, 24, torch.float32, "linear", DEVICE)
+    kept, forward = [], fts._forward
+    monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[3]) or forward(*args))
+    fused_swiglu(*inputs)
+    for t in inputs:
+        t.requires_grad_()
+    with torch.no_grad():
+        fused_swiglu(*inputs)
+    with torch.inference_mode():
+        fused_swiglu(*(t.clone() for t in inputs))
+    with torch.no_grad(), CountCalls():  # the way through the operator
+        fused_swiglu(*inputs)
+    fused_swiglu(*inputs, recompute=True)
+    assert kept == [False] * 5
+    fused_swiglu(*inputs)
+    assert kept[-1]
+
+
+def gate_up_after(run, **options):
+    """What is kept as gate and up, before and after a backward pass of `run(y)`."""
+    leaves = leaves_of(20, K, N, torch.float16)
+    y = fused_swiglu(*leaves)
+    kept = y.grad_fn.saved_tensors[-1]
+    before, version = kept.clone(), kept._version
+    run(y, leaves)
+    return kept, before, version
+
+
+def test_gate_and_up_make_room_for_their_gradients():
+    """Unless they are needed again; and autograd is told."""
+    dy = make_dy(20, N, torch.float16, DEVICE)
+    kept, before, version = gate_up_after(lambda y, leaves: torch.autograd.grad(y, leaves, dy))
+    assert not torch.equal(kept, before) and kept._version > version
+    for options in ({"retain_graph": True}, {"create_graph": True}):
+        kept, before, _ = gate_up_after(lambda y, leaves, o=options: torch.autograd.grad(y, leaves, dy, **o))
+        assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_twice(dtype):
+    leaves, dy = leaves_of(20, K, N, dtype), make_dy(20, N, dtype, DEVICE)
+    y = fused_swiglu(*leaves)
+    passes = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2)]
+    passes.append(torch.autograd.grad(y, leaves, dy))
+    for gradients in passes[1:]:
+        assert all(map(torch.equal, gradients, passes[0]))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves, dy)
+
+
+HOOKS = {
+    "identity": (lambda t: t, lambda t: t),
+    "copy": (lambda t: t.clone(), lambda t: t),
+    "other strides": (lambda t: t, lambda t: t.t().contiguous().t()),
+}
+
+
+@both_ways
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saved_tensor_hooks(dtype, hooks, recompute):
+    leaves, dy, packed = leaves_of(20, K, N, dtype), make_dy(20, N, dtype, DEVICE), []
+    pack, unpack = HOOKS[hooks]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(pack(t)) or packed[-1], unpack):
+        y = fused_swiglu(*leaves, recompute=recompute)
+    before = [t.clone() for t in packed]
+    gradients = torch.autograd.grad(y, leaves, dy)
+    assert all(map(torch.equal, packed, before))  # the hook may still hold what it gave back
+    for gradient, right in zip(gradients, reference(*leaves, dy)[1:], strict=True):
+        assert relative_error(gradient, right) <= gradient_limit(dtype, 0)
+
+
+@both_ways
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_checkpointing(dtype, reentrant, recompute):
+    leaves, dy = leaves_of(20, K, N, dtype), make_dy(20, N, dtype, DEVICE)
+    run = functools.partial(untuned, recompute=recompute)
+    torch.utils.checkpoint.checkpoint(run, *leaves, use_reentrant=reentrant).backward(dy)
+    for t, expected in zip(leaves, torch.autograd.grad(run(*leaves), leaves, dy), strict=True):
+        assert torch.equal(t.grad, expected)
+
+
+@both_ways
+def test_second_derivatives_are_refused(recompute):
+    leaves = leaves_of(5, 16, 24)
+    dy = make_dy(5, 24, torch.float32, DEVICE).requires_grad_()
+    for mode in (torch.enable_grad, CountCalls):  # by itself, and through the operator
+        with mode():
+            first = torch.autograd.grad(fused_swiglu(*leaves, recompute=recompute), leaves, dy, create_graph=True)
+            for wrong in (leaves[0], leaves[1], dy):
+                with pytest.raises(NotImplementedError, match="fused_swiglu can be differentiated once"):
+                    torch.autograd.grad(first[0].sum() + first[2].sum(), wrong, retain_graph=True)
+
+
+def test_a_weight_changed_in_place_is_noticed():
+    leaves = leaves_of(5, 16, 24)
+    y = fused_swiglu(*leaves)
+    with torch.no_grad():
+        leaves[2].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_autocast(dtype):
+    """As F.linear: operands cast to autocast's dtype, gradients in the dtype of their tensors."""
+    leaves, dy = leaves_of(20, K, N), make_dy(20, N, dtype, DEVICE)
+    mixed = [leaves[0].detach().bfloat16(), leaves[1].detach(), leaves[2].detach().half()]
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    unlike = [t.detach().to(other).requires_grad_() for t in leaves]
+    y_unlike = fused_swiglu(*unlike)
+    with torch.autocast(DEVICE, dtype):
+        y = fused_swiglu(*leaves)
+        assert y.dtype == fused_swiglu(*mixed).dtype == dtype
+        with pytest.raises(TypeError, match=r"x is torch\.float64"):
+            fused_swiglu(leaves[0].double(), *leaves[1:])
+        with torch.autocast(DEVICE, enabled=False):
+            assert fused_swiglu(*leaves).dtype == torch.float32
+        inside = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        # What was computed elsewhere in another dtype has its gradients in that one.
+        unlike_inside = torch.autograd.grad(y_unlike, unlike, dy.to(other), retain_graph=True)
+    assert all(map(torch.equal, unlike_inside, torch.autograd.grad(y_unlike, unlike, dy.to(other))))
+    expected = reference(*(t.detach().to(dtype) for t in leaves), dy)
+    assert relative_error(y, expected[0]) <= ROUNDING[dtype]
+    outside = torch.autograd.grad(y, leaves, dy)
+    for a, b, right, t in zip(inside, outside, expected[1:], leaves, strict=True):
+        assert a.dtype == t.dtype == torch.float32 and torch.equal(a, b)
+        assert relative_error(a, right) <= gradient_limit(dtype, 0)
+
+
+# ---- Memory, on a GPU ----
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory(layout):
+    """Kept: two thirds of eager PyTorch's, or nothing. One (M, 2N) buffer serves gate, up and their gradients."""
+    M, K, N = 8192, 256, 2048
+    leaves, dy = leaves_of(M, K, N, torch.bfloat16, layout), make_dy(M, N, torch.bfloat16, DEVICE)
+    gate_up = 2 * M * N * 2 / 2**20
+    peak, kept = {}, {}
+    recomputing = functools.partial(fused_swiglu, recompute=True)
+    for name, run in (("eager", torch_swiglu), ("keep", fused_swiglu), ("recompute", recomputing)):
+        for _ in range(2):  # the first call tunes
+            peak[name], kept[name] = benchmark.memory_of(lambda t, run=run: run(*t), leaves, dy)
+    rounding = 3  # the allocator's, which does not split off less than 1 MiB: for each of three tensors
+    assert 1.5 * gate_up <= kept["eager"] <= 1.5 * gate_up + rounding
+    assert gate_up <= kept["keep"] <= gate_up + rounding
+    assert kept["recompute"] <= 0.01
+    gradients = sum(t.nbytes for t in leaves) / 2**20
+    assert peak["keep"] <= 1.5 * gate_up + gradients + 5  # y, the buffer, the gradients
+    assert peak["keep"] < peak["eager"]

@@ -1,0 +1,299 @@
+"""Tests of benchmark.py, of the recorded results, and of what the README says of them."""
+
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import benchmark
+from baseline_torch_swiglu import torch_swiglu
+from benchmark import BACKWARD, COLUMNS, DTYPES, FLUSHED, HOST, LAYOUTS, PEERS, ROUNDING
+from common import DEVICE, GPU, HERE, needs_gpu
+
+README = (HERE / "README.md").read_text()
+
+
+def run_benchmark(*arguments, script=HERE / "benchmark.py", cwd):
+    command = [sys.executable, script, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_forward(tmp_path):
+    small = ["--m", "65", "1", "--k", "264", "--n", "520"] if GPU else []
+    done = run_benchmark(*small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "swiglu_benchmark.csv")
+    assert list(table) == COLUMNS
+    assert (table.rel_error[(table.provider == "fused") & (table.method != HOST)] < ROUNDING[torch.bfloat16]).all()
+    if GPU:
+        assert (table.ms_p20 <= table.ms).all() and (table.ms <= table.ms_p80).all() and (table.ms > 0).all()
+        host, table = table[table.method == HOST], table[table.method == FLUSHED]
+        assert [*host.provider] == ["torch", "torch.compile", "fused"]
+        assert host.ms[host.provider == "fused"].item() < 1  # ms: no tuning is in it
+        assert [*zip(table.M, table.provider, strict=True)] == [*itertools.product((1, 65), benchmark.PROVIDERS)]
+        assert (table.K == 264).all() and (table.N == 520).all()
+        assert (tmp_path / "swiglu_benchmark.png").is_file()
+    else:
+        assert "Speed was not measured" in done.stdout and benchmark.RECORDED_PLOT in done.stdout
+        assert {*table.dtype} == {*DTYPES} and {*table.layout} == {*LAYOUTS}
+        assert table.loc[:, "method":"fraction_of_floor"].isna().all(axis=None)
+
+
+def test_backward(tmp_path):
+    small = ["--m", "65", "--k", "264", "--n", "520"] if GPU else []
+    done = run_benchmark("--backward", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "swiglu_benchmark_backward.csv")
+    assert list(table) == COLUMNS
+    if GPU:
+        table = table[table.method == BACKWARD].set_index("provider")
+        assert tuple(table.index) == benchmark.BACKWARD_PROVIDERS
+        assert (table.ms > 0).all() and (table.peak_mib > table.kept_mib).all()
+        kept = table.kept_mib
+        assert kept["fused, recomputing"] < 0.01 < kept.fused < kept.torch  # MiB: blocks of 512 bytes
+        assert (tmp_path / "swiglu_benchmark_backward.png").is_file()
+    else:
+        assert {*table.provider} == {"torch", "fused", "fused, recomputing"}
+    assert (table.rel_error < 3 * ROUNDING[torch.bfloat16]).all()
+
+
+@needs_gpu
+def test_rotating_weights_and_peers(tmp_path):
+    """Times of the same order, and a line for each peer that is not installed or does not run."""
+    small = ["--m", "65", "--k", "2048", "--n", "4104", "--providers", "all", "--rotate-weights"]
+    done = run_benchmark(*small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "swiglu_benchmark_rotating_weights.csv")
+    table = table[table.method == benchmark.ROTATING]
+    assert {*benchmark.PROVIDERS} <= {*table.provider}
+    assert table.ms.between(1e-3, 1).all()
+    for name in PEERS:
+        assert (name in {*table.provider}) != (f"{name} left out: " in done.stdout + done.stderr)
+
+
+WRONG_KERNELS = {
+    "forward": ([], "offs_k < K - k", "offs_k < K - k - 1"),
+    "backward": (["--backward"], "dup = dy * gate * sigmoid\n", "dup = dy * gate\n"),
+}
+
+
+@pytest.mark.parametrize("passes", WRONG_KERNELS)
+def test_stops_at_a_wrong_kernel(passes, tmp_path):
+    options, right, wrong = WRONG_KERNELS[passes]
+    for name in ("benchmark.py", "baseline_torch_swiglu.py"):
+        shutil.copy(HERE / name, tmp_path)
+    kernel = (HERE / "fused_triton_swiglu.py").read_text()
+    assert right in kernel
+    (tmp_path / "fused_triton_swiglu.py").write_text(kernel.replace(right, wrong))
+    small = ["--m", "3", "--k", "67", "--n", "33"] if GPU else []
+    done = run_benchmark(*options, *small, script=tmp_path / "benchmark.py", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "WRONG" in done.stdout
+    assert not GPU or not [*tmp_path.glob("*.csv")]
+
+
+@pytest.mark.parametrize("wrong", ["last column of K left out", "gate and up exchanged", "last row unwritten"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_the_check_can_fail(wrong, dtype):
+    inputs = benchmark.make_inputs(8, 512, 64, dtype, "linear", DEVICE)
+    x, w_gate, w_up = (t.double() for t in inputs)
+
+    def run():
+        if wrong == "last column of K left out":
+            return torch_swiglu(x[:, :-1], w_gate[:-1], w_up[:-1]).to(dtype)
+        if wrong == "gate and up exchanged":
+            return torch_swiglu(x, w_up, w_gate).to(dtype)
+        y = torch.empty(8, 64, dtype=dtype, device=DEVICE)
+        y[:-1] = torch_swiglu(x[:-1], w_gate, w_up)
+        return y
+
+    expected = benchmark.reference(*inputs)
+    assert benchmark.check(lambda: torch_swiglu(x, w_gate, w_up).to(dtype), expected)[0]
+    assert not benchmark.check(run, expected)[0]
+
+
+REFUSED = {
+    "--m 0": "argument --m: 0 is not 1 or more",
+    "--k many": "argument --k: invalid positive_int value: 'many'",
+    "--model small --k 8": "--model gives K and N",
+    "--providers cublas": "argument --providers: invalid choice: 'cublas'",
+    "--providers fused,~recomputing": "--providers fused, recomputing: not without --backward",
+    "--backward --providers packed~matmul~only": "--providers packed matmul only: not with --backward",
+    "--backward --rotate-weights": "--backward and --rotate-weights exclude each other",
+    "--plot nothing.csv": "--plot nothing.csv: [Errno 2] No such file",
+    "--plot no-columns.csv": "--plot no-columns.csv: Usecols do not match columns",
+    "--plot no-times.csv": "--plot no-times.csv: holds no times",
+    "--output-dir a-file": "--output-dir a-file cannot be written: File exists",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refuses(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
+    Path("no-columns.csv").write_text("gpu\nnone\n")
+    benchmark.write_csv([{"gpu": "none"}], Path("no-times.csv"))
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.parse_args([argument.replace("~", " ") for argument in line.split()])
+    assert stopped.value.code == 2
+    assert REFUSED[line] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options(tmp_path):
+    def providers(*arguments):
+        return benchmark.parse_args(["--output-dir", str(tmp_path / "new" / "folder"), *arguments]).providers
+
+    assert providers() == [*benchmark.PROVIDERS]
+    assert (tmp_path / "new" / "folder").is_dir()
+    assert providers("--backward") == [*benchmark.BACKWARD_PROVIDERS]
+    assert providers("--providers", "liger-kernel", "fused") == ["torch", "fused", "liger-kernel"]
+    assert providers("--providers", "all") == [*benchmark.PROVIDERS, "fused, batch-invariant", *PEERS]
+    args = benchmark.parse_args(["--output-dir", str(tmp_path), "--model", "small", "--m", "64", "1", "64"])
+    assert (args.m, args.k, args.n) == ([1, 64], 1024, 4096)
+
+
+FAILURES = {130: KeyboardInterrupt(), 1: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")}
+
+
+@pytest.mark.parametrize("status", FAILURES)
+def test_what_was_measured_is_kept(status, tmp_path, monkeypatch, capsys):
+    table = pd.read_csv((HERE / benchmark.RECORDED_PLOT).with_suffix(".csv"))
+    host_rows = table[table.method == HOST].to_dict("records")
+
+    def measure(M, K, N, args, ceilings, progress):
+        if M > 16:
+            raise FAILURES[status]
+        return table[(table.method == FLUSHED) & (table.M == M)].to_dict("records")
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda dtype: (3e9, 8e11))
+    monkeypatch.setattr(benchmark, "measure_host_cost", lambda args: host_rows)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    args = benchmark.parse_args(["--m", "1", "16", "64", "--output-dir", str(tmp_path)])
+    assert benchmark.run_on_gpu(args) == status
+    assert {*pd.read_csv(tmp_path / "swiglu_benchmark.csv").M} == {1, 16}
+    assert (tmp_path / "swiglu_benchmark.png").is_file()
+    out = capsys.readouterr().out
+    assert f"M = 64: {str(FAILURES[status]) or 'interrupted'}\nwhat was measured is kept" in out
+    fused = table[(table.method == FLUSHED) & (table.M == 16)].set_index("provider").loc["fused"]
+    line = rf"^16 .* {fused.ms * 1e3:.1f} .* {fused.speedup:.2f}x +{fused.fraction_of_floor:.0%}$"
+    assert re.search(line, out, re.MULTILINE)
+
+
+def test_a_csv_is_never_half_written(tmp_path, monkeypatch):
+    def killed(self, path, **options):
+        path.write_text("gpu,tor")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "swiglu_benchmark.csv"
+    path.write_text("whole")
+    monkeypatch.setattr(pd.DataFrame, "to_csv", killed)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.write_csv([], path)
+    assert path.read_text() == "whole"
+
+
+def test_says_who_else_uses_the_gpu(monkeypatch, capsys):
+    for busy, taken, said in ((0, 2**29, False), (40, 2**29, True), (0, 2**34, True)):
+        monkeypatch.setattr(torch.cuda, "utilization", lambda device, busy=busy: busy)
+        monkeypatch.setattr(torch.cuda, "device_memory_used", lambda device, taken=taken: taken)
+        benchmark.other_users()
+        assert ("WARNING: something else uses this GPU" in capsys.readouterr().out) == said
+    monkeypatch.delattr(torch.cuda, "utilization")  # as where nvidia-ml-py is missing: it cannot say
+    benchmark.other_users()
+    assert "could not be checked" in capsys.readouterr().out
+
+
+def test_recorded_results():
+    recorded = [*(HERE / "results").glob("*float*.csv")]
+    assert (HERE / benchmark.RECORDED_PLOT).with_suffix(".csv") in recorded
+    for path in recorded:
+        assert list(pd.read_csv(path)) == COLUMNS, path
+        assert path.with_suffix(".png").is_file(), path
+
+
+def recorded(layout, kind=""):
+    """The CSV of this kind to which the README links first, of bfloat16, without the rows of host time."""
+    path = HERE / re.search(rf"results/\w+_bfloat16_{layout}{kind}\.csv", README)[0]
+    table = pd.read_csv(path)
+    return path, table[table.method != HOST]
+
+
+@pytest.mark.parametrize("kind", ["", "_backward", "_peers"])
+def test_showing_it_again(kind, tmp_path, monkeypatch, capsys):
+    """The table tells memory where it was measured; the plot each line's name beside its end, over no other name."""
+    drawn = []
+    monkeypatch.setattr(benchmark, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
+    path, table = recorded("linear", kind)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--plot", str(path), "--output-dir", str(tmp_path)])
+    assert benchmark.main() == 0
+    assert (tmp_path / path.with_suffix(".png").name).is_file()
+    benchmark.print_table(table)
+    assert ("\nMiB kept for the backward pass\n" in capsys.readouterr().out) == (kind == "_backward")
+    (figure,) = drawn
+    figure.draw_without_rendering()  # at its own resolution, not the file's
+    for axis in figure.axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        assert all(box.x1 < figure.bbox.x1 for box in boxes)
+        names = [text for text in axis.texts if text.get_text() in {*table.provider}]
+        ends = {line.get_color(): line.get_ydata()[-1] for line in axis.lines}
+        ends = [ends[name.get_color()] for name in sorted(names, key=lambda name: name.xy[1])]
+        assert len(ends) == table.provider.nunique() and ends == sorted(ends)
+
+
+def by_m(table, column="ms", factor=1e3):  # microseconds
+    return table.pivot(index="M", columns="provider", values=column) * factor
+
+
+def assert_readme_has(*cells):
+    assert f"| {' | '.join(cells)} |" in README
+
+
+TRAINING = ["torch", "torch.compile", "packed torch.compile", "liger-kernel", "fused", "fused, recomputing"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind, providers, digits", [("", benchmark.PROVIDERS, 1), ("_backward", TRAINING, 0)])
+def test_readme_tables(kind, providers, digits, layout):
+    """| M | a column for each provider, in microseconds | speed-up of the fused kernel |"""
+    _, table = recorded(layout, kind)
+    for M, row in by_m(table).iterrows():
+        times = (f"{row[name]:.{digits}f}" for name in providers)
+        assert_readme_has(f"{M}", *times, f"{row.torch / row.fused:.2f}x")
+    for column in ("gpu", "torch", "triton"):
+        assert table[column].iloc[0] in README
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ["8192x28672", "2048x5632", "1024x4096"])
+def test_readme_table_of_other_shapes(shape, layout):
+    """A row for each CSV: microseconds (times as fast as eager, as the packed form under torch.compile)."""
+    path, table = recorded(layout, f"_{shape}")
+    cells = (
+        f"{row.fused:.1f} ({row.torch / row.fused:.2f}x, {row['packed torch.compile'] / row.fused:.2f}x)"
+        for _, row in by_m(table).iterrows()
+    )
+    assert_readme_has(f"[{layout}](results/{path.name})", *cells)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("column, label", [("kept_mib", "kept between the passes"), ("peak_mib", "at most")])
+def test_readme_table_of_memory(column, label, layout):
+    memory = by_m(recorded(layout, "_backward")[1], column, factor=1)
+    for M in (2048, 4096, 8192):
+        assert_readme_has(f"{label}, M = {M}", *(f"{memory.loc[M, name]:.0f}" for name in TRAINING))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_readme_table_of_batch_invariance(layout):
+    path, table = recorded(layout, "_batch_invariant")
+    cells = (f"{row.fused:.1f} → {row['fused, batch-invariant']:.1f}" for _, row in by_m(table).iterrows())
+    assert_readme_has(f"[{layout}](results/{path.name})", *cells)

@@ -1,0 +1,252 @@
+"""Tests of the layer, in models from Hugging Face and spread over processes."""
+
+import copy
+import functools
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import benchmark
+from baseline_torch_swiglu import torch_swiglu
+from benchmark import ROUNDING, gradient_limit, relative_error
+from common import DEVICE, GPU, HERE, randn, saved_by
+from swiglu_mlp import SwiGLUMLP, replace_mlps
+
+
+def both_passes(mlp, x, dy, distribute=lambda x: x):
+    """The result, and the gradients of x and of the weights."""
+    mlp.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = mlp(distribute(x))
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad for p in mlp.parameters())]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mlp_is_its_formula(recompute):
+    mlp, x = SwiGLUMLP(16, 24, recompute=recompute, device=DEVICE), randn(2, 3, 16)
+    gate, up, down = (p.detach().double().t() for p in mlp.parameters())
+    assert relative_error(mlp(x), torch_swiglu(x.double(), gate, up) @ down) <= ROUNDING[torch.float32]
+    assert any(t.shape == (6, 48) for t in saved_by(lambda: mlp(x))) != recompute
+
+
+TOKENS = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def hugging_face(name="Llama"):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    torch.manual_seed(0)
+    config = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    config |= dict(num_key_value_heads=2, vocab_size=128, max_position_embeddings=64, pad_token_id=0, eos_token_id=0)
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", benchmark.DTYPES.values(), ids=str)
+def test_mlp_against_transformers(dtype):
+    theirs = hugging_face().model.layers[0].mlp.to(dtype)
+    ours = SwiGLUMLP(64, 176, device=DEVICE, dtype=dtype)
+    assert ours.load_state_dict(theirs.state_dict()) == ([], [])
+    x, dy = randn(2, 10, 64, dtype=dtype), randn(2, 10, 64, dtype=dtype)
+    expected = both_passes(copy.deepcopy(theirs).double(), x.double(), dy.double())
+    for t, their_t, right in zip(both_passes(ours, x, dy), both_passes(theirs, x, dy), expected, strict=True):
+        assert relative_error(t, right) <= gradient_limit(dtype, relative_error(their_t, right))
+
+
+def losses(model):
+    """Of training on one batch of random tokens."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    curve = []
+    for _ in range(12):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    return torch.tensor(curve)
+
+
+@pytest.mark.parametrize("name, recompute", [("Llama", False), ("Llama", True), ("Phi3", False), ("Glm", True)])
+def test_model_trains_alike(name, recompute):
+    """With the same parameters, under the same names, in the same order."""
+    exact, eager = losses(hugging_face(name).double()), losses(hugging_face(name))
+    model = hugging_face(name)
+    parameters = list(model.named_parameters())
+    assert replace_mlps(model, recompute=recompute) is model
+    assert all(a == b and p is q for (a, p), (b, q) in zip(model.named_parameters(), parameters, strict=True))
+    assert all(type(layer.mlp) is SwiGLUMLP and layer.mlp.recompute == recompute for layer in model.model.layers)
+    assert exact[-1] < 0.8 * exact[0]  # it does train
+    assert (losses(model) - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-5
+
+
+def test_llama_generates_alike():
+    model = hugging_face().eval()
+    generate = functools.partial(model.generate, TOKENS, max_new_tokens=12, do_sample=False)
+    expected = generate()
+    replace_mlps(model)
+    assert torch.equal(generate(), expected) and not model.model.layers[0].mlp.training
+
+
+def test_halves_of_gate_up_proj():
+    """Both passes of Phi-3's MLP, compiled too. The kernel's weights are the parameter's own memory."""
+    model = hugging_face("Phi3").model.layers[0]
+    x, dy = randn(2, 10, 64), randn(2, 10, 64)
+    expected = both_passes(copy.deepcopy(model.mlp).double(), x.double(), dy.double())
+    mlp = replace_mlps(model).mlp
+    for run in (mlp, torch.compile(mlp, fullgraph=True, backend="inductor" if GPU else "aot_eager")):
+        for t, right in zip(both_passes(run, x, dy), expected, strict=True):
+            assert relative_error(t, right) <= gradient_limit(torch.float32, 0)
+    saved, start = {t.data_ptr() for t in saved_by(lambda: mlp(x.requires_grad_()))}, mlp.gate_up_proj.weight.data_ptr()
+    assert saved >= {start, start + 176 * 64 * 4}
+
+
+class MLP(torch.nn.Module):
+    """With layers of these names, 4 x 4 unless given: Llama's or Phi-3's MLP, or nearly."""
+
+    def __init__(self, *names, act=torch.nn.functional.silu, up_first=False, limit=float("inf"), **layers):
+        super().__init__()
+        for name in names:
+            setattr(self, name, layers.get(name) or torch.nn.Linear(4, 8 if name == "gate_up_proj" else 4, bias=False))
+        self.act_fn, self.up_first, self.limit = act, up_first, limit
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)[:: -1 if self.up_first else 1]
+        return self.down_proj(self.act_fn(gate.clamp(max=self.limit)) * up)
+
+
+three = functools.partial(MLP, "gate_proj", "up_proj", "down_proj")
+packed = functools.partial(MLP, "gate_up_proj", "down_proj")
+BIASED, GELU = torch.nn.Linear(4, 4), torch.nn.GELU()
+REFUSED = [
+    (three(up_proj=BIASED), "1.mlp.up_proj is Linear(in_features=4, out_features=4, bias=True)"),
+    (three(gate_proj=GELU), "1.mlp.gate_proj is GELU(approximate='none'): expected an nn.Linear without bias"),
+    (three(act=GELU), "1.mlp.act_fn is GELU(approximate='none'): expected SiLU"),
+    (packed(act=GELU), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
+    (packed(up_first=True), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
+    (packed(limit=7), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", REFUSED)
+def test_replace_mlps_refuses(wrong, message):
+    model = torch.nn.Sequential(torch.nn.ModuleDict({"mlp": packed()}), torch.nn.ModuleDict({"mlp": wrong}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace_mlps(model)
+    assert type(model[0].mlp) is MLP
+
+
+def test_replace_mlps_finds_layers_only():
+    """Experts in one parameter, as transformers keeps them, are no MLP. An MLP on the meta device is one."""
+    experts = torch.nn.ParameterDict(dict.fromkeys(["gate_up_proj", "down_proj"], torch.zeros(2, 4, 4)))
+    model = torch.nn.ModuleDict({"experts": experts})
+    with pytest.raises(ValueError, match="ModuleDict holds no module with gate_proj, up_proj, down_proj or gate_up_pr"):
+        replace_mlps(model)
+    model["shared"] = packed().to("meta")
+    assert type(replace_mlps(model)["shared"]) is SwiGLUMLP and model["experts"] is experts
+
+
+def test_files_work_when_copied_alone(tmp_path):
+    """Where PyTorch comes without its distributed part too."""
+    for name in ("fused_triton_swiglu.py", "swiglu_mlp.py"):
+        (tmp_path / name).write_text((HERE / name).read_text())
+    code = f"""import sys, torch
+sys.modules["torch.distributed.tensor"] = None  # an import of it fails
+from swiglu_mlp import SwiGLUMLP
+print(SwiGLUMLP(5, 7, device="{DEVICE}")(torch.ones(3, 5, device="{DEVICE}")).shape)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "torch.Size([3, 5])\n", done.stderr
+    imported = re.findall(r"^ *(?:import|from) (\w+)", (HERE / "swiglu_mlp.py").read_text(), re.MULTILINE)
+    assert set(imported) == {"torch", "fused_triton_swiglu", "swiglu_mlp"}  # the last in its docstring
+
+
+# ---- Spread over two processes ----
+
+
+def layer(seed=0):
+    torch.manual_seed(seed)
+    return SwiGLUMLP(16, 24, device=DEVICE)
+
+
+def errors_of(model, part=lambda t: t, batches=1, **options):
+    """Of y, dx and the weights' gradients, where this rank has `part` of x. Right is a mean over batches in float64."""
+    exact = layer().double()
+    exact.forward = lambda x: exact.down_proj(torch_swiglu(x, exact.gate_proj.weight.t(), exact.up_proj.weight.t()))
+    x, dy = randn(2, 6, 16), randn(2, 6, 16)
+    y, dx, *dw = both_passes(exact, x.double(), dy.double())
+    results = both_passes(model, part(x), part(dy), **options)
+    assert all(getattr(p, "placements", None) == getattr(p.grad, "placements", None) for p in model.parameters())
+    results = [t.full_tensor() if hasattr(t, "placements") else t for t in results]
+    expected = part(y), part(dx), *(t / batches for t in dw)
+    return [relative_error(*pair) for pair in zip(results, expected, strict=True)]
+
+
+def run_cases(rank, folder):
+    """One of two processes. Saves what each case comes to: its errors, or its exception."""
+    if GPU:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if GPU else "gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    grid = init_device_mesh(DEVICE, (1, 2), mesh_dim_names=("batches", "columns"))
+
+    def spread(model, **styles):
+        plan = {name: ColwiseParallel() for name, _ in model.named_children()} | {"down_proj": RowwiseParallel()}
+        return parallelize_module(model, grid["columns"], plan | styles)
+
+    cases = {
+        "DDP": lambda: errors_of(DDP(layer(seed=rank)), lambda t: t[rank], batches=2),
+        "FSDP2": lambda: errors_of(fully_shard(layer()), lambda t: t[rank], batches=2),
+        "columns": lambda: errors_of(spread(layer())),
+        "columns, compiled": lambda: errors_of(torch.compile(spread(layer()), fullgraph=True, backend="aot_eager")),
+        "columns, FSDP2": lambda: errors_of(fully_shard(spread(layer()), mesh=grid["batches"])),
+        "columns, sequence": lambda: errors_of(
+            spread(layer(), down_proj=RowwiseParallel(output_layouts=Shard(1))),
+            lambda t: t.chunk(2, dim=1)[rank],
+            distribute=lambda x: DTensor.from_local(x, grid["columns"], [Shard(1)]),
+        ),
+        "rows of up_proj": lambda: errors_of(spread(layer(), up_proj=RowwiseParallel())),
+        "as FSDP2 shards": lambda: errors_of(spread(layer(), down_proj=ColwiseParallel())),
+        "gate_up_proj": lambda: spread(replace_mlps(torch.nn.Sequential(packed().to(DEVICE)))[0])(randn(4)),
+        "FSDP2 too early": lambda: replace_mlps(torch.nn.Sequential(fully_shard(packed().to(DEVICE)))),
+    }
+    outcomes = {}
+    for name, run in cases.items():
+        try:
+            outcomes[name] = run()
+        except Exception as error:
+            outcomes[name] = f"{type(error).__name__}: {error}"
+    torch.save(outcomes, folder / str(rank))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Of both processes: over NCCL on two GPUs, else over Gloo on the CPU, where GPUs are hidden from them."""
+    folder = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.device_count() < 2:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        torch.multiprocessing.spawn(run_cases, (folder,), nprocs=2)
+    return [torch.load(folder / str(rank)) for rank in range(2)]
+
+
+EXPECTED = dict.fromkeys(["DDP", "FSDP2", "columns", "columns, compiled", "columns, FSDP2", "columns, sequence"]) | {
+    "rows of up_proj": "up_proj.weight has the placements (Shard(dim=1),): expected (Shard(dim=0),)",
+    "as FSDP2 shards": "down_proj.weight has the placements (Shard(dim=0),): expected (Shard(dim=1),)",
+    "gate_up_proj": "gate_up_proj.weight has the placements (Shard(dim=0),): expected None",
+    "FSDP2 too early": "0 has hooks: expected none, as they would be lost",
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_on_two_ranks(case, outcomes):
+    for outcome in (o[case] for o in outcomes):
+        if EXPECTED[case]:
+            assert outcome.startswith(f"ValueError: {EXPECTED[case]}")
+        else:
+            assert type(outcome) is list and all(error < 1e-5 for error in outcome), outcome

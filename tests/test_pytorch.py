@@ -1,0 +1,216 @@
+"""What the rest of PyTorch expects of an operator: compilers, export, modes, subclasses, transforms, CUDA graphs."""
+
+import functools
+
+import pytest
+import torch
+
+import fused_triton_swiglu as fts
+from benchmark import (
+    LAYOUTS,
+    ROUNDING,
+    differentiated,
+    gradient_limit,
+    make_dy,
+    make_inputs,
+    reference,
+    relative_error,
+)
+from common import DEVICE, GPU, HERE, leaves_of, needs_gpu, randn
+from fused_triton_swiglu import fused_swiglu
+from test_backward import CountCalls, both_ways
+
+BACKEND = "inductor" if GPU else "aot_eager"  # the first wants a compiler for the CPU
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(shape, keep, layout):
+    _, w_gate, w_up = leaves_of(1, 16, 24, layout=layout)
+    torch.library.opcheck(fts.swiglu_op, (randn(*shape).requires_grad_(), w_gate, w_up, keep, fts.TUNED))
+
+
+@both_ways
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dynamic, frames", [(False, 3), (None, 2), (True, 1)])
+def test_compile(dynamic, frames, layout, recompute):
+    """Both passes, without a graph break; with a dynamic M no frame is compiled again for another one."""
+    import torch._dynamo.testing  # not above: it imports Triton, which reads TRITON_INTERPRET then
+
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
+
+    def layer(x, w_gate, w_up):
+        return fused_swiglu(x * 2, w_gate, w_up, recompute=recompute).square()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=count)
+    for M in (5, 9, 130):
+        leaves, dy = leaves_of(M, 16, 24, layout=layout), make_dy(M, 24, torch.float32, DEVICE)
+        results = differentiated(lambda t: compiled(*t), dy)(leaves)
+        expected = differentiated(lambda t: layer(*t), dy)(leaves)
+        for a, b in zip(results, expected, strict=True):
+            assert relative_error(a, b.double()) <= ROUNDING[torch.float32] and a.stride() == b.stride()
+    assert count.frame_count == frames
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("run", ["inference", "autocast"])
+def test_compile_without_gradients_and_under_autocast(run, dtype):
+    torch._dynamo.reset()
+    leaves = leaves_of(5, 16, 24, torch.float32 if run == "autocast" else dtype)
+    compiled = torch.compile(fused_swiglu, fullgraph=True, backend=BACKEND)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=run == "autocast"), torch.set_grad_enabled(run == "autocast"):
+        y, expected = compiled(*leaves), fused_swiglu(*leaves)
+    assert torch.equal(y, expected)
+    if run == "autocast":
+        dy = make_dy(5, 24, torch.bfloat16, DEVICE)
+        gradients, right = (torch.autograd.grad(t, leaves, dy) for t in (y, expected))
+        for a, b in zip(gradients, right, strict=True):
+            assert a.dtype == torch.float32 and relative_error(a, b.double()) <= 2 * ROUNDING[torch.bfloat16]
+
+
+@both_ways
+def test_what_a_compiled_forward_pass_keeps(recompute):
+    """gate and up, to be read in the backward pass; or nothing, to be computed there."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    calls = {}
+
+    def record(name):
+        def compiler(graph, _):
+            calls[name] = [node.args[3] for node in graph.graph.nodes if "swiglu" in str(node.target)]
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    partition = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"), partition_fn=partition)
+    run = functools.partial(fused_swiglu, recompute=recompute)
+    torch.compile(run, fullgraph=True, backend=backend)(*leaves_of(5, 16, 24)).sum().backward()
+    assert calls == {"forward": [not recompute], "backward": [True] * recompute}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w_gate, self.w_up = (torch.nn.Parameter(randn(16, 24)) for _ in range(2))
+
+        def forward(self, x):
+            return fused_swiglu(x, self.w_gate, self.w_up)
+
+    layer, rows = Layer(), torch.export.Dim("rows", max=4096)
+    exported = torch.export.export(layer, (randn(3, 16),), dynamic_shapes=({0: rows},), strict=strict)
+    x = randn(70, 16)
+    assert torch.equal(exported.module()(x), layer(x))
+    (call,) = (node for node in exported.graph.nodes if "swiglu" in str(node.target))
+    assert call.args[3] is False  # an exported model keeps no gate and up
+
+
+def test_transforms_are_refused():
+    x, w_gate, w_up = make_inputs(6, 16, 24, torch.float32, "linear", DEVICE)
+    for t in (x, x.clone().requires_grad_()):
+        with pytest.raises(NotImplementedError, match="x takes any number of leading dimensions without it"):
+            torch.vmap(fused_swiglu, (0, None, None))(t, w_gate, w_up)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda t: fused_swiglu(t, w_gate, w_up).sum())(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        fused_swiglu(torch.autograd.forward_ad.make_dual(x, x), w_gate, w_up)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor subclass, as DTensor is one: it has no data itself, and unwraps at each operator."""
+
+    @staticmethod
+    def __new__(cls, t):
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, strides=t.stride(), dtype=t.dtype, device=t.device)
+
+    def __init__(self, t):
+        self.inner, self.seen = t, []
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        for t in args:
+            if isinstance(t, cls):
+                t.seen.append(function.overloadpacket.__name__)
+        return function(*(t.inner if isinstance(t, cls) else t for t in args), **kwargs or {})
+
+
+def test_modes_and_subclasses_see_the_operator():
+    """What counts, traces or fakes operators must not be passed by, in neither pass."""
+    leaves = leaves_of(6, 16, 24)
+    with CountCalls() as count:
+        y = fused_swiglu(*leaves)
+    assert count.calls == {"swiglu": 1}
+    wrapper = Wrapper(leaves[0].detach())
+    assert torch.equal(fused_swiglu(wrapper, *leaves[1:]), y)
+    assert wrapper.seen == ["swiglu"]
+    dy = make_dy(6, 24, torch.float32, DEVICE)
+    for keeping in (y, fused_swiglu(*leaves)):  # kept by the operator, and without it
+        with CountCalls() as count:
+            gradients = torch.autograd.grad(keeping, leaves, dy)
+        assert count.calls["sigmoid"] == 1 and count.calls["mm"] == 2
+        for gradient, right in zip(gradients, reference(*leaves, dy)[1:], strict=True):
+            assert relative_error(gradient, right) <= ROUNDING[torch.float32]
+
+
+@both_ways
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_tensors_have_the_layout_of_real_ones(layout, recompute):
+    real = leaves_of(6, 16, 24, layout=layout)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in real]
+        y = fused_swiglu(*fake, recompute=recompute)
+        gradients = torch.autograd.grad(y, fake, torch.ones_like(y))
+        assert type(y) is torch._subclasses.FakeTensor and y.is_contiguous() and y.shape == (6, 24)
+        assert [t.stride() for t in gradients] == [t.stride() for t in real]
+
+
+@needs_gpu
+@both_ways
+@pytest.mark.parametrize("M, N", [(20, 136), (300, 5768)])
+def test_graph_capture_of_both_passes(M, N, recompute):
+    leaves, dy = leaves_of(M, 328, N, torch.bfloat16), make_dy(M, N, torch.bfloat16, DEVICE)
+    both_passes = differentiated(lambda t: fused_swiglu(*t, recompute=recompute), dy)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both_passes(leaves)  # cuBLAS takes its workspace
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = both_passes(leaves)
+    for t in results:
+        t.fill_(float("nan"))
+    graph.replay()
+    for result, expected in zip(results, reference(*leaves, dy), strict=True):
+        assert relative_error(result, expected) <= gradient_limit(torch.bfloat16, 0)
+
+
+@needs_gpu
+def test_reduce_overhead():
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_swiglu, mode="reduce-overhead", fullgraph=True)
+    weights = leaves_of(1, 328, 5768, torch.bfloat16)[1:]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        leaves = [randn(300, 328, dtype=torch.bfloat16).requires_grad_(), *weights]
+        dy = make_dy(300, 5768, torch.bfloat16, DEVICE)
+        torch.compiler.cudagraph_mark_step_begin()
+        results = [t.clone() for t in differentiated(lambda t: compiled(*t), dy)(leaves)]
+        for result, expected in zip(results, reference(*leaves, dy), strict=True):
+            assert relative_error(result, expected) <= gradient_limit(torch.bfloat16, 0)
+
+
+@needs_gpu
+def test_readme_examples_run():
+    import re
+
+    pytest.importorskip("transformers", reason="one example needs transformers, which is not installed")
+    examples = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {})
