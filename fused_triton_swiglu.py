@@ -8,8 +8,8 @@ is loaded once, both accumulators stay on chip, only y is written. Not fused is 
 
     y = fused_swiglu(x, gate_proj.weight.t(), up_proj.weight.t())  # nn.Linear keeps (N, K); t() copies nothing
 
-swiglu_kernel, in Triton, runs everywhere and is tuned. swiglu_kernel_hopper, in Gluon, Triton's lower level, is faster
-on Hopper GPUs for more than 128 rows of 16-bit numbers. This file needs torch and triton only: copy it.
+swiglu_kernel, in Triton, runs everywhere and is tuned: read it first. swiglu_kernel_hopper, in Gluon, Triton's lower
+level, is faster on Hopper for more than 128 rows in 16 bits. This file needs torch and triton only: copy it.
 """
 
 import functools
@@ -25,20 +25,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 FP_FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not named, as 3.10 changes the default
-BOX = tl.constexpr(64)  # 16-bit numbers in a row of a TMA box: 128 bytes, the widest swizzle
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia import hopper
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
-
-    tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.9, and before
-    tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-    reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-    SWIZZLE = gl.NVMMASharedLayout(swizzle_byte_width=2 * BOX.value, element_bitwidth=16)
-except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
-    gluon = None
 
 
 # ---- Tile configurations, and which of them suit a call ----
@@ -54,11 +40,10 @@ def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persist
 # of 16-bit numbers are for other devices than Hopper and for operands that TMA refuses.
 CONFIGS = {
     "16-bit": [
-        # nn.Linear weights. Not with swap=True: a race, 256 x 64 tiles in 3 stages gave errors of 1.6e-2 to 3.6e-2.
+        # nn.Linear weights. Never tma="xw" with swap=True: 256 x 64 tiles in 3 stages race, errors of 1.6e-2 to 3.6e-2.
         _config(128, 128, 64, 8, 3, tma="xw", persistent=True, flatten=True),  # M > 128
         _config(128, 64, 64, 4, 3, tma="xw"),  # M = 128: two programs share an SM
-        # Row-major weights. x by TMA leaves the threads the addresses of the weights only: in one run, persistent,
-        # 800 -> 714 us at M = 2048.
+        # Row-major weights. x by TMA leaves the threads the addresses of the weights only.
         _config(256, 64, 64, 8, 3, tma="x", swap=True),  # M > 128
         _config(128, 128, 64, 8, 3, persistent=True),  # M = 128
         _config(128, 64, 64, 8, 3),
@@ -93,18 +78,18 @@ CONFIGS = {
 }
 
 
-Device = namedtuple("Device", "arch num_sms shared_memory")  # 90 for sm_90, 0 for AMD's; bytes for one program
+Device = namedtuple("Device", "arch num_sms shared_memory")  # 90 for sm_90, 0 on AMD; bytes that one program may use
 
 
 @functools.cache
-def device_of(index):
+def device_limits(index):
     """The Device behind a torch device index. None is the CPU: the interpreter, which takes what an H100 takes."""
     if index is None:
         return Device(90, 1, 227 * 1024)
     major, minor = torch.cuda.get_device_capability(index)
     limits = triton.runtime.driver.active.utils.get_device_properties(index)
-    num_sms, shared_memory = limits["multiprocessor_count"], limits["max_shared_mem"]
-    return Device(0 if torch.version.hip else 10 * major + minor, num_sms, shared_memory)
+    arch = 0 if torch.version.hip else 10 * major + minor
+    return Device(arch, limits["multiprocessor_count"], limits["max_shared_mem"])
 
 
 def m_bucket(M):
@@ -255,19 +240,35 @@ def swiglu_kernel(
         tl.store(y_ptr + rows * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
-# ---- Kernel for Hopper and results of many tiles: warp-specialised, in Gluon ----
+TUNING_KEY = ["M_BUCKET", "N", "K", "LAYOUT", "INPUT_PRECISION", "DEVICE"]
+TUNER = triton.autotune([*chain(*CONFIGS.values())], TUNING_KEY, cache_results=True)(swiglu_kernel)
 
-TILE_M, TILE_N, TILE_GROUP = tl.constexpr(128), tl.constexpr(128), tl.constexpr(16)  # not tuned: see hopper_tiles
+# ---- Kernel for Hopper and results of many tiles, in Gluon: swiglu_kernel_hopper, at its end, is where to begin ----
+BOX = tl.constexpr(64)  # what a step takes of K, and a TMA box of a row: 128 bytes, the widest swizzle
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+
+    tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.9, and before
+    tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+    reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+    SWIZZLE = gl.NVMMASharedLayout(swizzle_byte_width=2 * BOX.value, element_bitwidth=16)
+except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
+    gluon = None
+TILE_M, TILE_N, TILE_GROUP = tl.constexpr(128), tl.constexpr(128), tl.constexpr(16)  # for every M; see hopper_range
 STAGES = tl.constexpr(4)  # of BOX along K, 48 KB each. With y they fill the shared memory
-CONSUMERS, ROWS = tl.constexpr(2), tl.constexpr(64)  # of four warps; the rows that each computes, as wgmma has them
-# A third of the registers for each consumer and for the producer, which hands most of its third on.
+CONSUMERS, ROWS = tl.constexpr(2), tl.constexpr(64)  # of four warps; a tile's rows for each, as many as wgmma has
+# 168 registers for each thread of 12 warps, the producer's counting as four: it hands most of them to the consumers.
 HOPPER_OPTIONS = {"num_warps": 4, "maxnreg": 168} | FP_FUSION
 
 if gluon:
 
     @gluon.jit
-    def hopper_tiles(M, N, PARTS: gl.constexpr):
-        """This program's first tile and the end of all, whole ones or, where PARTS is 2, halves."""
+    def hopper_range(M, N, PARTS: gl.constexpr):
+        """This program's range of whole tiles (PARTS = 1) or of halves (PARTS = 2): its first one, and the end."""
         tiles = gl.cdiv(M, TILE_M) * gl.cdiv(N, TILE_N)
         # A last wave that would keep at most half of the programs busy goes in halves: 195 -> 175 us at M = 512.
         last_wave = tiles % gl.num_programs(0)
@@ -279,21 +280,21 @@ if gluon:
             return 2 * (tiles - last_wave) + gl.program_id(0), 2 * tiles
 
     @gluon.jit
-    def hopper_tile(part, M, N, PARTS: gl.constexpr):
-        """The tile's, or its half's, first row and column."""
+    def hopper_offsets(part, M, N, PARTS: gl.constexpr):
+        """Where it begins: off_m, off_n."""
         pid_m, pid_n = grouped_tile(part // PARTS, gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N), TILE_GROUP)
         return pid_m * TILE_M, pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)
 
     @gluon.jit
-    def hopper_load(step, loads, shared, sizes, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
+    def hopper_load(step, loaded, shared, sizes, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
         """Load what this program's tiles need. `step` counts stages through all tiles, and is returned."""
-        x_desc, w_gate_desc, w_up_desc = loads
+        x_desc, w_gate_desc, w_up_desc = loaded
         x_buffers, w_buffers, full, empty = shared
         M, N, K = sizes
         BOXES: gl.constexpr = TILE_N // PARTS // BOX  # of each weight in a stage: those of w_gate, then those of w_up
-        first, end = hopper_tiles(M, N, PARTS)
+        first, end = hopper_range(M, N, PARTS)
         for part in range(first, end, gl.num_programs(0)):
-            off_m, off_n = hopper_tile(part, M, N, PARTS)
+            off_m, off_n = hopper_offsets(part, M, N, PARTS)
             for k in range(0, K, BOX):
                 stage = step % STAGES
                 ready = full.index(stage)
@@ -324,10 +325,10 @@ if gluon:
 
     @gluon.jit
     def hopper_compute(
-        step, stores, y_buffers, shared, sizes, CONSUMER: gl.constexpr, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr
+        step, stored, y_buffers, shared, sizes, CONSUMER: gl.constexpr, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr
     ):
         """One consumer's rows of this program's tiles of y, and of gate and up where they are kept."""
-        y_desc, gate_desc, up_desc = stores
+        y_desc, gate_desc, up_desc = stored
         x_buffers, w_buffers, full, empty = shared
         M, N, K = sizes
         WIDTH: gl.constexpr = TILE_N // PARTS
@@ -336,9 +337,9 @@ if gluon:
         SHAPE_W: gl.constexpr = [STAGES * PARTS, BOX, 2 * WIDTH] if ROW_MAJOR else [STAGES * PARTS, 2 * WIDTH, BOX]
         ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, 16])
         w_operands = reinterpret(w_buffers, w_buffers.dtype, SHAPE_W, w_buffers.layout)
-        first, end = hopper_tiles(M, N, PARTS)
+        first, end = hopper_range(M, N, PARTS)
         for part in range(first, end, gl.num_programs(0)):
-            off_m, off_n = hopper_tile(part, M, N, PARTS)
+            off_m, off_n = hopper_offsets(part, M, N, PARTS)
 
             # ---- One K loop for both products ----
             acc = gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC)
@@ -350,9 +351,8 @@ if gluon:
                 if not ROW_MAJOR:
                     w = w.permute([1, 0])
                 acc = hopper.warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
-                acc = hopper.warpgroup_mma_wait(
-                    1, [acc]
-                )  # the product before this one is done: its stage may be loaded again
+                # The product before this one is done: its stage may be loaded again.
+                acc = hopper.warpgroup_mma_wait(1, [acc])
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
                 step += 1
             acc = hopper.warpgroup_mma_wait(0, [acc])
@@ -367,16 +367,16 @@ if gluon:
         return step
 
     @gluon.jit
-    def hopper_producer(loads, shared, sizes, ROW_MAJOR: gl.constexpr):
+    def hopper_producer(loaded, shared, sizes, ROW_MAJOR: gl.constexpr):
         step = 0
         for PARTS in gl.static_range(1, 3):  # first whole tiles, then halves
-            step = hopper_load(step, loads, shared, sizes, PARTS, ROW_MAJOR)
+            step = hopper_load(step, loaded, shared, sizes, PARTS, ROW_MAJOR)
 
     @gluon.jit
-    def hopper_consumer(stores, y_buffers, shared, sizes, CONSUMER: gl.constexpr, ROW_MAJOR: gl.constexpr):
+    def hopper_consumer(stored, y_buffers, shared, sizes, CONSUMER: gl.constexpr, ROW_MAJOR: gl.constexpr):
         step = 0
         for PARTS in gl.static_range(1, 3):
-            step = hopper_compute(step, stores, y_buffers, shared, sizes, CONSUMER, PARTS, ROW_MAJOR)
+            step = hopper_compute(step, stored, y_buffers, shared, sizes, CONSUMER, PARTS, ROW_MAJOR)
         tma.store_wait(0)  # the shared memory must outlive the stores that read it
 
     @gluon.jit(do_not_specialize=["M", "N", "K"])
@@ -388,7 +388,7 @@ if gluon:
         One warp loads, two consumers of four warps compute. No barrier joins them, so that one keeps the tensor cores
         busy while the other is in its epilogue: 705 -> 676 us at M = 2048 against one consumer of eight warps.
         """
-        loads, stores, sizes = (x_desc, w_gate_desc, w_up_desc), (y_desc, gate_desc, up_desc), (M, N, K)
+        loaded, stored, sizes = (x_desc, w_gate_desc, w_up_desc), (y_desc, gate_desc, up_desc), (M, N, K)
         x_buffers = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TILE_M, BOX], x_desc.layout)
         w_buffers = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2 * TILE_N // BOX, BOX, BOX], x_desc.layout)
         y_buffers = gl.allocate_shared_memory(x_desc.dtype, [CONSUMERS * TILE_N // BOX, ROWS, BOX], x_desc.layout)
@@ -401,9 +401,9 @@ if gluon:
         shared = (x_buffers, w_buffers, full, empty)
         gl.warp_specialize(
             [
-                (hopper_consumer, (stores, y_buffers, shared, sizes, 0, ROW_MAJOR)),
-                (hopper_consumer, (stores, y_buffers, shared, sizes, 1, ROW_MAJOR)),
-                (hopper_producer, (loads, shared, sizes, ROW_MAJOR)),
+                (hopper_consumer, (stored, y_buffers, shared, sizes, 0, ROW_MAJOR)),
+                (hopper_consumer, (stored, y_buffers, shared, sizes, 1, ROW_MAJOR)),
+                (hopper_producer, (loaded, shared, sizes, ROW_MAJOR)),
             ],
             worker_num_warps=[4, 1],
             worker_num_regs=[240, 24],
@@ -428,14 +428,13 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
 
 
 # ---- Checks, choice, launch ----
-
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernels above
 MAX_STEP = 2**40  # bytes: a descriptor's strides are below
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
 def _check(x, w_gate, w_up):
-    """Raise for what fused_swiglu does not take. All that this reads is in _launch_key."""
+    """Raise for what fused_swiglu does not take. All that this reads is in _launch_key: a cached call was checked."""
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} is {t.dtype}: expected torch.bfloat16, torch.float16 or torch.float32")
@@ -448,9 +447,10 @@ def _check(x, w_gate, w_up):
     if x.dim() < 1:
         raise ValueError("x has no dimensions: expected (..., K)")
     K, shape = x.shape[-1], tuple(w_gate.shape)
-    for name, t, expected in (("w_gate", w_gate, f"({K}, N)"), ("w_up", w_up, shape)):
-        if t.dim() != 2 or t.shape[0] != K or t.shape != shape:
-            raise ValueError(f"{name} is {tuple(t.shape)}: expected (K, N), {expected}, as x is {tuple(x.shape)}")
+    if w_gate.dim() != 2 or w_gate.shape[0] != K:
+        raise ValueError(f"w_gate is {shape}, but x is {tuple(x.shape)}: w_gate must be (K, N), with K = {K}")
+    if w_up.shape != w_gate.shape:
+        raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be (K, N)")
 
 
 def _tma_takes(t):
@@ -466,9 +466,8 @@ def tma_operands(x, w_gate, w_up, device):
     if copied or not 90 <= device.arch < 120 or x.element_size() != 2 or not _tma_takes(x):
         return ""
     distance = abs(w_up.data_ptr() - w_gate.data_ptr())
-    if w_gate.stride() != w_up.stride() or not _tma_takes(w_gate.t()) or not 0 < distance < MAX_STEP or distance % 16:
-        return "x"
-    return "xw"
+    alike = w_gate.stride() == w_up.stride() and _tma_takes(w_gate.t())
+    return "xw" if alike and 0 < distance < MAX_STEP and distance % 16 == 0 else "x"
 
 
 def hopper_layout(x, w_gate, w_up, device, any_m=False):
@@ -478,7 +477,7 @@ def hopper_layout(x, w_gate, w_up, device, any_m=False):
         return None
     # Few rows are a matter of reading the weights, which smaller tiles do better: 98 us against 104 at M = 128.
     few = M <= 128 or 3 * triton.cdiv(M, TILE_M.value) * triton.cdiv(N, TILE_N.value) < device.num_sms
-    if (few and not any_m) or not tma_operands(x, w_gate, w_up, device):
+    if (few and not any_m) or x.element_size() != 2 or not _tma_takes(x):
         return None
     if _tma_takes(w_gate) and _tma_takes(w_up):
         return "row-major"
@@ -487,12 +486,12 @@ def hopper_layout(x, w_gate, w_up, device, any_m=False):
 
 TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"  # how a configuration is chosen: see fused_swiglu
 
-# What a kernel raises that cannot be compiled or loaded here; but FATAL ones are not its fault
+# Raised where a kernel cannot be compiled or loaded here
 UNUSABLE = triton.errors.TritonError, RuntimeError, TypeError, AttributeError
-FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors too
+FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors as well, but not the kernel's fault
 
-# _launch_key -> a function that launches a compiled kernel: 31 to 33 us of host time, where the autotuner and what lies
-# below it take 122 to 129, and eager PyTorch's four operations 46 to 60 (M = 1, K = N = 512).
+# _launch_key -> what launches the compiled kernel again, or None: a call takes the host 23 us, eager PyTorch 43 to 50,
+# one through the autotuner 122 to 129 (M = 1, K = N = 512). The backward kernel's are here too.
 _launchers = {}
 MAX_LAUNCHERS = 4096  # of some KB each; a server meets every M there is
 _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at in itself
@@ -513,13 +512,14 @@ def _launch_key(x, w_gate, w_up, keep, choice):
 def _first_launch(key, launch, *arguments):
     """Call launch(*arguments), and keep what it returns."""
     try:
-        with _one_at_a_time:
+        with _one_at_a_time, triton.knobs.amd.scope():
+            triton.knobs.amd.use_buffer_ops = False  # with them Triton 3.6 cannot select between w_gate_ptrs, w_up_ptrs
             if len(_launchers) >= MAX_LAUNCHERS:
                 _launchers.clear()
             _launchers[key] = launch(*arguments)
     except (OSError, ValueError) as error:
-        folder = f"its cache folder {triton.knobs.cache.dir} (TRITON_CACHE_DIR) is full, damaged or not writable"
-        raise RuntimeError(f"Triton fails, maybe as {folder}: {error}") from error
+        folder = f"{triton.knobs.cache.dir} (TRITON_CACHE_DIR)"
+        raise RuntimeError(f"Triton failed: is its cache folder {folder} full, damaged, read-only? {error}") from error
 
 
 def _forward(x, w_gate, w_up, keep, choice):
@@ -550,7 +550,7 @@ def _forward(x, w_gate, w_up, keep, choice):
 def _launch(x, w_gate, w_up, y, gate_up, choice):
     """Fill y and gate_up, none of them empty. Returns a function that does it again, or None if there is none."""
     global gluon
-    (M, K), N, device = x.shape, w_gate.shape[1], device_of(x.device.index)
+    (M, K), N, device = x.shape, w_gate.shape[1], device_limits(x.device.index)
     hopper_weights = hopper_layout(x, w_gate, w_up, device, any_m=choice == ONE_FOR_ALL_M)
     if hopper_weights is not None:
         try:
@@ -564,10 +564,11 @@ def _launch(x, w_gate, w_up, y, gate_up, choice):
     kind = "16-bit" if x.element_size() == 2 else "ieee" if in_full else "tf32"
     tma = tma_operands(x, w_gate, w_up, device)
     strides = *x.stride(), *w_gate.stride(), *w_up.stride()
-    layout = "".join("K" if stride == 1 else "-" for stride in (strides[1], strides[2], strides[4])) + "/" + tma
+    along_k = x.stride(1), w_gate.stride(0), w_up.stride(0)
+    layout = "".join("K" if stride == 1 else "-" for stride in along_k) + "/" + tma  # such as "KKK/xw"
+    precision, same_stride_k = "tf32" if kind == "tf32" else "ieee", along_k[1] == along_k[2]
     up_first = tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
-    same_stride_k, precision = w_gate.stride(0) == w_up.stride(0), "tf32" if kind == "tf32" else "ieee"
-    values = M, N, K, *strides, m_bucket(M), layout, str(device), precision, same_stride_k, up_first
+    scalars = M, N, K, *strides, m_bucket(M), layout, str(device), precision, same_stride_k, up_first
     # ptxas would rather spill a few registers than lose a resident program.
     options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})
 
@@ -576,34 +577,35 @@ def _launch(x, w_gate, w_up, y, gate_up, choice):
         return (min(tiles, device.num_sms) if meta["PERSISTENT"] else tiles, 1, 1)
 
     def launch(config):
-        return swiglu_kernel[grid](x, w_gate, w_up, y, gate_up, *values, **options, **config.all_kwargs())
+        return swiglu_kernel[grid](x, w_gate, w_up, y, gate_up, *scalars, **options, **config.all_kwargs())
 
     usable = usable_configs(kind, 8192 if choice == ONE_FOR_ALL_M else M, N, tma, device)
     if choice != TUNED or INTERPRETED:
         config, compiled = next(_working(usable, launch))
     else:
-        # By itself the tuner skips some of what fails only, and keeps on disk that all failed.
+        # By itself the tuner passes over some kinds of failure only, and where all fail it keeps that on disk.
         TUNER.early_config_prune = lambda *_, **__: [config for config, _ in _working(usable, launch)]
         try:
-            compiled = TUNER[grid](x, w_gate, w_up, y, gate_up, *values, **options)
+            compiled = TUNER[grid](x, w_gate, w_up, y, gate_up, *scalars, **options)
             config = TUNER.best_config
         except torch.OutOfMemoryError as error:  # tuning takes 256 MB more than the call itself
             warnings.warn(f"fused_swiglu is not tuned for M = {M}, K = {K}, N = {N} yet: {_brief(error)}", stacklevel=2)
             _launch(x, w_gate, w_up, y, gate_up, DEFAULT)
             return None  # to be tuned in a later call
         finally:
-            TUNER.nargs = TUNER.early_config_prune = None  # which would keep the tensors
+            TUNER.nargs = TUNER.early_config_prune = None  # or they would keep this call's tensors
     if INTERPRETED:
         return None
     run = compiled[grid(config.kwargs)]
-    named = dict(zip(swiglu_kernel.arg_names[5:], values, strict=False)) | config.kwargs
-    constants = (None,) * (len(swiglu_kernel.arg_names) - 7 - len(values))  # which the compiled kernel ignores
+    names = swiglu_kernel.arg_names
+    by_name = dict(zip(names[names.index("M") :], scalars, strict=False)) | config.kwargs
+    constants = (None,) * (len(names) - names.index("EVEN_K"))  # which the compiled kernel ignores
 
     def again(x, w_gate, w_up, y, gate_up):
         descriptors = None, None
-        if named["TMA"]:
-            descriptors = _descriptors(named | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
-        run(x, w_gate, w_up, y, gate_up, *values, *descriptors, *constants)
+        if by_name["TMA"]:
+            descriptors = _descriptors(by_name | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
+        run(x, w_gate, w_up, y, gate_up, *scalars, *descriptors, *constants)
 
     return again
 
@@ -623,7 +625,7 @@ def _launch_hopper(x, w_gate, w_up, y, gate_up, row_major):
         x_desc, y_desc = matrix(x, (M, K), stride_xm, TILE_M.value), matrix(y, (M, N), N, ROWS.value)
         return x_desc, *w_descs, y_desc, *kept_descs, M, N, K, row_major
 
-    grid = (device_of(x.device.index).num_sms, 1, 1)
+    grid = (device_limits(x.device.index).num_sms, 1, 1)
     kernel = swiglu_kernel_hopper[grid](*arguments(x, w_gate, w_up, y, gate_up), **HOPPER_OPTIONS)
     run = kernel[grid]
     return lambda *tensors: run(*arguments(*tensors))
@@ -649,10 +651,6 @@ def _working(configs, launch):
         raise RuntimeError("fused_swiglu: no configuration works on this GPU\n" + "\n".join(reasons))
 
 
-TUNING_KEY = ["M_BUCKET", "N", "K", "LAYOUT", "INPUT_PRECISION", "DEVICE"]
-TUNER = triton.autotune([*chain(*CONFIGS.values())], TUNING_KEY, cache_results=True)(swiglu_kernel)
-
-
 # ---- Backward pass ----
 def _differentiate_activation(dy, gate_up, d):
     """Fill d (M, 2N), which may be gate_up, by swiglu_backward_kernel."""
@@ -661,8 +659,9 @@ def _differentiate_activation(dy, gate_up, d):
     arguments = dy, gate_up, d, N, BLOCK_N
     key = dy.dtype, dy.device, N, *(t.data_ptr() % 16 for t in arguments[:3])
     with torch.cuda.device_of(dy):
-        if key in _launchers and not INTERPRETED:
-            _launchers[key][grid](*arguments)
+        compiled = _launchers.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments)
         elif d.numel():
             _first_launch(key, functools.partial(swiglu_backward_kernel[grid], **FP_FUSION), *arguments)
 
@@ -677,7 +676,7 @@ def _gradients(dy, x, w_gate, w_up, gate_up, needs, linear, choice, overwrite):
         gate_up, overwrite = (swiglu_op if traced else _forward)(x, w_gate, w_up, True, choice)[1], True
     M, N = gate_up.shape[0], dy.shape[-1]
     dy_rows, gate_up = dy.reshape(M, N), gate_up.contiguous()
-    if traced or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter cuts bf16 off
+    if traced or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter truncates bf16
         gate, up = gate_up[:, :N].float(), gate_up[:, N:].float()
         s = torch.sigmoid(gate)
         d = torch.cat([dy_rows * up * s * (1 + gate * (1 - s)), dy_rows * gate * s], dim=1).to(dy.dtype)
@@ -705,7 +704,7 @@ def _gradients(dy, x, w_gate, w_up, gate_up, needs, linear, choice, overwrite):
 
 
 class _GradientsOnce(torch.autograd.Function):
-    """_gradients, where a second derivative may be asked for: it would be wrong, and is refused."""
+    """_gradients under create_graph=True: a second derivative must raise, not be silently wrong."""
 
     forward = staticmethod(lambda ctx, *arguments: _gradients(*arguments))
 
@@ -717,7 +716,7 @@ class _GradientsOnce(torch.autograd.Function):
 def _save_for_backward(ctx, inputs, output, overwrite=False):
     x, w_gate, w_up, keep, ctx.choice = inputs
     ctx.overwrite = overwrite
-    ctx.mark_non_differentiable(*output[1:] if keep else ())
+    ctx.mark_non_differentiable(*(output[1:] if keep else ()))
     ctx.set_materialize_grads(False)  # or autograd would make zeros for gate_up's gradient
     ctx.linear = w_gate.stride(0) == w_up.stride(0) == 1
     needs_x, *needs_w = ctx.needs_input_grad[:3]
@@ -788,21 +787,21 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
         recompute: False keeps `x @ w_gate` and `x @ w_up` for a backward pass, 2 * N numbers for each row. True keeps
             nothing beyond the arguments, and computes these two products again.
         autotune: whether the first call with a new N, K, dtype, layout or power of two of rows may time the usable
-            configurations, which takes some seconds once: Triton keeps the result on disk. With False, and under
-            CUDA-graph capture where nothing was tuned before, the default configuration serves.
+            configurations, which takes some seconds once: Triton keeps the result on disk. With False, and in a call
+            first made under CUDA-graph capture, the default configuration serves.
         batch_invariant: whether a row of the result has the same bits however many other rows there are: one
             configuration, not tuned, serves every M, and few rows take longer. For one device, dtype, K, N and layout,
             x contiguous and aligned to 16 bytes, and not for gradients.
 
     Returns:
         (..., N), contiguous, x's dtype. Sums and SiLU are in float32, float32 products as
-        `torch.get_float32_matmul_precision()` says. Differentiable once in all three, computed where a gradient is
-        required; a weight's gradient lies in memory as the weights do. torch.autocast casts as for F.linear.
+        `torch.get_float32_matmul_precision()` says (on NVIDIA). Differentiable once in all three; only gradients that
+        are required are computed, the weights' lie in memory as both weights do. torch.autocast casts as for F.linear.
 
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.
-        NotImplementedError: under torch.vmap, or in a second backward pass through the first one.
-        RuntimeError: no configuration works on this GPU (if another one serves: a warning), or Triton cannot compile.
+        NotImplementedError: under torch.vmap or forward-mode AD, or in a second backward pass through the first one.
+        RuntimeError: no configuration works here (one that fails is left out with a warning), or Triton's cache cannot.
     """
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
         if not isinstance(t, torch.Tensor):

@@ -1,0 +1,168 @@
+"""Random calls, see random_cases.py, and faults of the kernels that they must find."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+import torch
+
+import random_cases
+from common import GPU, HERE, needs_hopper
+from random_cases import draw, run_case
+
+BLOCK = 10
+CASES = 500 if GPU else 30
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_random_cases(first):
+    for number in range(first, first + BLOCK):
+        assert run_case(draw(number))[0] <= 1, f"python tests/random_cases.py --case {number}"
+
+
+# ---- Faults that they must find: what stands in the kernel file, and what takes its place ----
+
+MUTANTS = {
+    "a K tile left out": ("for k in range(0, K, BLOCK_K):", "for k in range(BLOCK_K, K, BLOCK_K):"),
+    "ragged K of x not masked": ("mask_xk = True if EVEN_K else (offs_k < K - k)[None, :]", "mask_xk = True"),
+    "ragged K of weights not masked": ("mask_wk = True if EVEN_K else (offs_k < K - k)[:, None]", "mask_wk = True"),
+    "rows not masked when stored": ("mask_y = (offs_m < M)[:, None] & ", "mask_y = "),
+    "columns not masked when stored": (" & (offs_n < N)[None, :]", ""),
+    "gate and up exchanged": ("gate, up = tl.split(", "up, gate = tl.split("),
+    "gate kept in place of up": ("tl.store(gate_ptrs + N, up.to", "tl.store(gate_ptrs + N, gate.to"),
+    "one stride for both weights": ("if not SAME_STRIDE_K:", "if False:"),
+    "rounded before SiLU": ("y = silu_mul(gate, up)", "y = silu_mul(gate.to(tl.float16).to(tl.float32), up)"),
+    "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
+    "a wrong derivative": ("dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))", "dgate = dy * up * sigmoid"),
+    "dup left out of dx": (".addmm_(dup, w_up.t())", ""),
+    "gradients of the weights exchanged": ("dw_gate, dw_up = both", "dw_up, dw_gate = both"),
+    "gate and up overwritten, which the graph retains": ("d = gate_up if overwrite else torch.empty_like(", "d = ("),
+}
+# None that hangs: the steps of loads and products stay the same in number.
+HOPPER_MUTANTS = {
+    "x from the next K tile": ("tma_load(x_desc, [off_m, k]", "tma_load(x_desc, [off_m, k + BOX]"),
+    "w_gate in place of w_up": ("tma_load(w_up_desc, where", "tma_load(w_gate_desc, where"),
+    "a half of the last wave left out": ("gl.program_id(0), 2 * tiles", "gl.program_id(0), 2 * tiles - 1"),
+    "the left half of a tile twice": ("pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)", "pid_n * TILE_N"),
+    "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
+    "both consumers store the same rows": ("(off_m + CONSUMER * ROWS, off_n", "(off_m, off_n"),
+    "gate and up exchanged": ("hopper_store(silu_mul(gate, up)", "hopper_store(silu_mul(up, gate)"),
+    "gate kept in place of up": ("hopper_store(up, up_desc", "hopper_store(gate, up_desc"),
+    "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
+    "stages free too early": ("mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
+}
+# First those that find the mutants soonest in the interpreter
+RUN = f"from random_cases import draw, run_case\nfor number in (4, 6, 21, *range({CASES})): run_case(draw(number))"
+FOUND = "\nAssertionError: ", "CUDA error", "modified by an inplace operation"
+
+
+def survivors(mutants, folder):
+    """Those that get through the cases, each a copy of the repository's programs with a fault in the kernel file."""
+
+    def survives(name):
+        copy = folder / name
+        copy.mkdir()
+        for path in (*HERE.glob("*.py"), HERE / "tests" / "random_cases.py"):
+            (copy / path.name).write_text(path.read_text())
+        right, wrong = mutants[name]
+        source = (HERE / "fused_triton_swiglu.py").read_text()
+        assert source.count(right) == 1, name
+        (copy / "fused_triton_swiglu.py").write_text(source.replace(right, wrong))
+        done = subprocess.run([sys.executable, "-c", RUN], cwd=copy, capture_output=True, text=True, timeout=300)
+        return not any(error in done.stderr for error in FOUND)
+
+    with ThreadPoolExecutor(2) as pool:
+        return [name for name, survived in zip(mutants, pool.map(survives, mutants), strict=True) if survived]
+
+
+def test_they_find_mutants(tmp_path):
+    assert not survivors(MUTANTS, tmp_path)
+
+
+@needs_hopper
+def test_they_find_mutants_of_the_kernel_for_hopper(tmp_path):
+    assert not survivors(HOPPER_MUTANTS, tmp_path)
+
+
+def test_hopper_mutants_change_the_file():
+    source = (HERE / "fused_triton_swiglu.py").read_text()
+    assert {source.count(right) for right, _ in HOPPER_MUTANTS.values()} == {1}
+
+
+# ---- The script ----
+
+
+def test_what_the_kernels_fill_is_guarded(monkeypatch):
+    """y, gate and up, and what the backward pass allocates, in a thread of its own on a GPU."""
+    filled = []
+    hold = random_cases.Guards.hold
+
+    def watched(guards):
+        filled.append([tuple(t.shape) for _, t, is_filled, _ in guards.watched if is_filled])
+        return hold(guards)
+
+    monkeypatch.setattr(random_cases.Guards, "hold", watched)
+    case = draw(4)._replace(M=6, K=16, N=24, dtype="float16", blocks=2, choice="default", recompute=False)
+    run_case(case)
+    run_case(case._replace(recompute=True))
+    assert filled == [[(2, 3, 24), (6, 48), (6, 48)], [(2, 3, 24), (2, 3, 24), (6, 48), (2, 3, 24), (6, 48)]]
+
+
+@pytest.mark.parametrize("whose", ["cuBLAS's", "ours"])
+def test_a_fault_of_cublas_is_told_from_ours(whose, monkeypatch):
+    case = draw(4)._replace(M=65, K=16, N=24, dtype="float16", w_gate="contiguous", w_up="contiguous", blocks=1)
+    mm, gradients = torch.mm, random_cases.fts._gradients
+
+    def cut(a, b):
+        """Without the end of the sum, where there is more than 64 of it."""
+        return mm(a[:, :64], b[:64]) if a.dtype == torch.float16 else mm(a, b)
+
+    def cut_ours(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mm", cut)
+            return gradients(*args)
+
+    if whose == "ours":
+        monkeypatch.setattr(random_cases.fts, "_gradients", cut_ours)
+        with pytest.raises(AssertionError, match="the error of dw_gate is"):
+            run_case(case)
+    else:
+        monkeypatch.setattr(torch, "mm", cut)
+        assert run_case(case)[1] == ["dw_gate", "dw_up"]
+
+
+def test_a_run_ends_well(tmp_path):
+    command = [sys.executable, HERE / "tests" / "random_cases.py", "--first", "1000", "--cycle", "1"]
+    command += ["--minutes", "0.3" if GPU else "0.1", "--csv", tmp_path / "run.csv"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "run.csv")
+    recorded = pd.read_csv(HERE / "results" / "h200_stress.csv").columns
+    assert [*table] == [*recorded.drop("cublas_faults", errors="ignore"), "cublas_faults"]
+    (row,) = table.to_dict("records")
+    assert row["cases"] > 2 and row["different_cases"] == 1
+    assert row["gpu_bytes_grown"] == 0 and row["worst_error_over_limit"] <= 1
+
+
+def test_a_run_notices_lost_memory(monkeypatch):
+    lost = []
+    monkeypatch.setattr(random_cases, "run_case", lambda case: lost.append(case) or (0.5, []))
+    monkeypatch.setattr(random_cases, "memory", lambda: (len(lost), 0))
+    monkeypatch.setattr(random_cases.fts, "_launchers", {})
+    monkeypatch.setattr(sys, "argv", ["random_cases.py", "--minutes", "0.01", "--cycle", "5"])
+    with pytest.raises(AssertionError, match="memory was lost"):
+        random_cases.main()
+
+
+def test_a_run_says_which_case_fails(monkeypatch, capsys):
+    def fail(case):
+        assert case.number != 3, "wrong"
+        return 0.5, []
+
+    monkeypatch.setattr(random_cases, "run_case", fail)
+    monkeypatch.setattr(sys, "argv", ["random_cases.py", "--minutes", "0.01"])
+    with pytest.raises(AssertionError, match="wrong"):
+        random_cases.main()
+    assert "failed. Again: python tests/random_cases.py --case 3" in capsys.readouterr().err
