@@ -652,28 +652,29 @@ def _working(configs, launch):
 
 
 # ---- Backward pass ----
-def _differentiate_activation(dy, gate_up, d):
-    """Fill d (M, 2N), which may be gate_up, by swiglu_backward_kernel."""
-    (M, N), BLOCK_N = dy.shape, 1024
-    grid = (M * -(-N // BLOCK_N), 1, 1)  # triton.cdiv takes 5 us
-    arguments = dy, gate_up, d, N, BLOCK_N
-    key = dy.dtype, dy.device, N, *(t.data_ptr() % 16 for t in arguments[:3])
-    with torch.cuda.device_of(dy):
-        compiled = _launchers.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments)
-        elif d.numel():
-            _first_launch(key, functools.partial(swiglu_backward_kernel[grid], **FP_FUSION), *arguments)
+def _save_for_backward(ctx, inputs, output, overwrite=False):
+    x, w_gate, w_up, keep, ctx.choice = inputs
+    ctx.mark_non_differentiable(*(output[1:] if keep else ()))
+    ctx.set_materialize_grads(False)  # or autograd would make zeros for gate_up's gradient
+    ctx.overwrite, ctx.linear = overwrite, w_gate.stride(0) == w_up.stride(0) == 1
+    needs_x, *needs_w = ctx.needs_input_grad[:3]
+    weights = (w_gate, w_up) if needs_x or not keep else (None, None)
+    ctx.save_for_backward(x if any(needs_w) or not keep else None, *weights, output[1] if keep else None)
 
 
-def _gradients(dy, x, w_gate, w_up, gate_up, needs, linear, choice, overwrite):
-    """dx, dw_gate and dw_up, None where not needed, from gate_up or, where that is None, from x and the weights.
-
-    `linear`: weights and their gradients lie (N, K) in memory. `overwrite`: nobody needs gate_up again.
-    """
-    traced = _needs_dispatcher(dy)
+def _backward(ctx, dy, *_):
+    """dx, dw_gate and dw_up, None where not needed: the backward pass of EagerSwiGLU and of swiglu_op."""
+    if torch.is_grad_enabled():  # with create_graph=True
+        raise NotImplementedError("fused_swiglu can be differentiated once: its backward pass has no gradient")
+    if dy is None:
+        return (None,) * 5
+    x, w_gate, w_up, gate_up = ctx.saved_tensors
+    # dgate and dup take the place of gate and up unless these may be wanted again.
+    overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
+    ctx.maybe_clear_saved_tensors()  # not where the graph is retained
+    traced = _needs_dispatcher(dy, *(t for t in (x, w_gate, w_up, gate_up) if t is not None))
     if gate_up is None:
-        gate_up, overwrite = (swiglu_op if traced else _forward)(x, w_gate, w_up, True, choice)[1], True
+        gate_up = (swiglu_op if traced else _forward)(x, w_gate, w_up, True, ctx.choice)[1]
     M, N = gate_up.shape[0], dy.shape[-1]
     dy_rows, gate_up = dy.reshape(M, N), gate_up.contiguous()
     if traced or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter truncates bf16
@@ -682,57 +683,40 @@ def _gradients(dy, x, w_gate, w_up, gate_up, needs, linear, choice, overwrite):
         d = torch.cat([dy_rows * up * s * (1 + gate * (1 - s)), dy_rows * gate * s], dim=1).to(dy.dtype)
     else:
         d = gate_up if overwrite else torch.empty_like(gate_up)
-        _differentiate_activation(dy_rows.contiguous(), gate_up, d)
         torch.autograd.graph.increment_version(d)  # of gate_up, which a Triton kernel changes unseen
+        _differentiate_activation(dy_rows.contiguous(), gate_up, d)
+    del gate_up
 
-    def weight_gradient(d):
+    def weight_gradient(d):  # (N, K) in memory if both weights are
         rows = x.reshape(M, x.shape[-1])
-        return torch.mm(d.t(), rows).t() if linear else torch.mm(rows.t(), d)
+        return torch.mm(d.t(), rows).t() if ctx.linear else torch.mm(rows.t(), d)
 
-    dgate, dup = d[:, :N], d[:, N:]
+    (needs_x, needs_gate, needs_up), dgate, dup = ctx.needs_input_grad[:3], d[:, :N], d[:, N:]
     dx = dw_gate = dw_up = None
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
-        if needs[0]:
+        if needs_x:
             dx = torch.mm(dgate, w_gate.t()).addmm_(dup, w_up.t()).view(*dy.shape[:-1], w_gate.shape[0])
-        if linear and needs[1] and needs[2]:  # one product: at M = 4096 both passes take 4425 -> 4363 us
+        if ctx.linear and needs_gate and needs_up:  # one product: at M = 4096 both passes take 4425 -> 4363 us
             both = weight_gradient(d)
             dw_gate, dw_up = both[:, :N], both[:, N:]
         else:
-            dw_gate = weight_gradient(dgate) if needs[1] else None
-            dw_up = weight_gradient(dup) if needs[2] else None
-    return dx, dw_gate, dw_up
+            dw_gate = weight_gradient(dgate) if needs_gate else None
+            dw_up = weight_gradient(dup) if needs_up else None
+    return dx, dw_gate, dw_up, None, None
 
 
-class _GradientsOnce(torch.autograd.Function):
-    """_gradients under create_graph=True: a second derivative must raise, not be silently wrong."""
-
-    forward = staticmethod(lambda ctx, *arguments: _gradients(*arguments))
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("fused_swiglu can be differentiated once: its backward pass has no gradient")
-
-
-def _save_for_backward(ctx, inputs, output, overwrite=False):
-    x, w_gate, w_up, keep, ctx.choice = inputs
-    ctx.overwrite = overwrite
-    ctx.mark_non_differentiable(*(output[1:] if keep else ()))
-    ctx.set_materialize_grads(False)  # or autograd would make zeros for gate_up's gradient
-    ctx.linear = w_gate.stride(0) == w_up.stride(0) == 1
-    needs_x, *needs_w = ctx.needs_input_grad[:3]
-    weights = (w_gate, w_up) if needs_x or not keep else (None, None)
-    ctx.save_for_backward(x if any(needs_w) or not keep else None, *weights, output[1] if keep else None)
-
-
-def _differentiate(ctx, dy, *_):
-    """The backward pass of EagerSwiGLU and of swiglu_op."""
-    if dy is None:
-        return (None,) * 5
-    # dgate and dup take the place of gate and up unless the graph is retained.
-    overwrite = ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph()
-    options = ctx.needs_input_grad[:3], ctx.linear, ctx.choice, overwrite
-    run = _GradientsOnce.apply if torch.is_grad_enabled() else _gradients
-    return *run(dy, *ctx.saved_tensors, *options), None, None
+def _differentiate_activation(dy, gate_up, d):
+    """Fill d (M, 2N), which may be gate_up, by swiglu_backward_kernel."""
+    (M, N), BLOCK_N = dy.shape, 1024
+    grid = (M * -(-N // BLOCK_N), 1, 1)  # triton.cdiv takes 5 us
+    arguments = dy, gate_up, d, N, BLOCK_N
+    key = dy.dtype, gate_up.dtype, dy.device, N, *(t.data_ptr() % 16 for t in arguments[:3])
+    with torch.cuda.device_of(dy):
+        compiled = _launchers.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments)
+        elif d.numel():
+            _first_launch(key, functools.partial(swiglu_backward_kernel[grid], **FP_FUSION), *arguments)
 
 
 # ---- The public function, and what autograd, torch.compile, torch.export and torch.vmap see ----
@@ -746,7 +730,7 @@ class EagerSwiGLU(torch.autograd.Function):
         _save_for_backward(ctx, inputs, output, overwrite=hooks is None)
         return output[0]
 
-    backward = staticmethod(_differentiate)
+    backward = staticmethod(_backward)
 
 
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::swiglu", mutates_args=())  # a name for each copy of this file
@@ -763,7 +747,7 @@ def _(x, w_gate, w_up, keep, choice):
     return x.new_empty((*x.shape[:-1], N)), x.new_empty((math.prod(x.shape[:-1]) if keep else 0, 2 * N))
 
 
-swiglu_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+swiglu_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @swiglu_op.register_vmap
@@ -800,7 +784,7 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
 
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.
-        NotImplementedError: under torch.vmap or forward-mode AD, or in a second backward pass through the first one.
+        NotImplementedError: under torch.vmap or forward-mode AD, or in a backward pass with create_graph=True.
         RuntimeError: no configuration works here (one that fails is left out with a warning), or Triton's cache cannot.
     """
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
@@ -809,7 +793,8 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
     device = x.device.type
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, w_gate, w_up = (t.to(dtype) if t.dtype in DTYPES else t for t in (x, w_gate, w_up))
+        floats = (t.is_floating_point() and t.dtype != torch.float64 for t in (x, w_gate, w_up))
+        x, w_gate, w_up = (t.to(dtype) if cast else t for t, cast in zip((x, w_gate, w_up), floats, strict=True))
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)
     # An exported program mostly serves inference, with weights that require grad, and would keep gate and up each time.
     keep = needs_grad and not recompute and not torch.compiler._is_exporting_flag  # is_exporting() holds in compile too

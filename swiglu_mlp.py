@@ -82,9 +82,9 @@ def replace_mlps(model, *, recompute=False):
     """
     found = []
     for path, parent in model.named_modules():
-        for name, mlp in parent.named_children():
+        for name, mlp in parent._modules.items():
             for projections in (PROJECTIONS, PACKED_PROJECTIONS):
-                if mlp._modules.keys() >= set(projections) and not isinstance(mlp, SwiGLUMLP):
+                if mlp is not None and mlp._modules.keys() >= set(projections) and not isinstance(mlp, SwiGLUMLP):
                     _check_mlp(f"{path}.{name}".lstrip("."), mlp, projections)
                     found.append((parent, name, mlp, projections))
     if not found:
@@ -102,28 +102,37 @@ def replace_mlps(model, *, recompute=False):
 
 def _check_mlp(path, mlp, projections):
     """Raise if SwiGLUMLP would compute something else than this module does."""
-    if mlp._forward_pre_hooks or mlp._forward_hooks:
+    if mlp._forward_pre_hooks or mlp._forward_hooks or mlp._backward_pre_hooks or mlp._backward_hooks:
         raise ValueError(f"{path} has hooks: expected none, as they would be lost (call replace_mlps first)")
     for projection in projections:
         layer = getattr(mlp, projection)
         if type(layer) is not torch.nn.Linear or layer.bias is not None:
             raise ValueError(f"{path}.{projection} is {layer}: expected an nn.Linear without bias")
-    if projections == PROJECTIONS:
+    packed = projections == PACKED_PROJECTIONS
+    if not packed:
         probe = torch.linspace(-8, 8, 65, device="cpu")
         act_fn = getattr(mlp, "act_fn", None)
         if act_fn is None or not torch.allclose(act_fn(probe), silu(probe)):
             raise ValueError(f"{path}.act_fn is {act_fn}: expected SiLU")
-    else:
-        # Nothing in a module says which half is gate's, so it computes a few rows: with small weights in the place of
-        # its own, which may be all zero, spread over ranks or on the meta device.
-        numbers = torch.Generator("cpu").manual_seed(0)
-        x, gate, up, down = torch.randn(4, 8, 8, generator=numbers, dtype=torch.float64, device="cpu")
-        x *= torch.logspace(-1, 2, 8, device="cpu")[:, None]  # far enough to meet a module that clamps
-        weights = {"gate_up_proj.weight": torch.cat([gate, up]), "down_proj.weight": down}
-        with torch.no_grad():
-            y = torch.func.functional_call(mlp, weights, x)
-        if not torch.allclose(y, (silu(x @ gate.t()) * (x @ up.t())) @ down.t()):
-            raise ValueError(
-                f"{path} computes another formula: expected down_proj(silu(gate) * up), with gate the first half of "
-                "gate_up_proj's result and up the second"
-            )
+    # Nothing in a module says what else it computes, or which half of gate_up_proj is gate's. So a few rows go through
+    # it, with small weights in the place of its own, which may be all zero, spread over ranks or on the meta device.
+    numbers = torch.Generator("cpu").manual_seed(0)
+    x, gate, up, down = torch.randn(4, 8, 8, generator=numbers, dtype=torch.float64, device="cpu")
+    x *= torch.logspace(-1, 2, 8, device="cpu")[:, None]  # far enough to meet a module that clamps
+    halves = (
+        {"gate_up_proj.weight": torch.cat([gate, up])} if packed else {"gate_proj.weight": gate, "up_proj.weight": up}
+    )
+    training = mlp.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # in training, where there may be dropout
+            y = torch.func.functional_call(mlp.train(), halves | {"down_proj.weight": down}, x)
+        right = torch.allclose(y, (silu(x @ gate.t()) * (x @ up.t())) @ down.t())
+    except Exception:
+        right = False
+    finally:
+        mlp.train(training)
+    if not right:
+        raise ValueError(
+            f"{path} computes another formula: expected down_proj(silu(gate) * up), with gate the first half of "
+            "gate_up_proj's result and up the second"
+        )

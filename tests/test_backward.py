@@ -1,5 +1,6 @@
 """The backward pass: gradients right by themselves, and with whatever else autograd does to them."""
 
+import contextlib
 import functools
 import itertools
 
@@ -24,6 +25,8 @@ from common import DEVICE, DTYPES, GPU, assert_gradients_right, leaves_of, needs
 from fused_triton_swiglu import fused_swiglu
 from test_forward import LEADING, K, N
 
+NEEDS = [needs for needs in itertools.product([False, True], repeat=3) if any(needs)]
+PLAIN = torch.float32, "linear", DEVICE
 both_ways = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 SIZES = [(1, 1, 1), (2, 3, 5), (17, 33, 65), (129, 67, 31)]
 SIZES += [(1, 1024, 4096), (300, 1096, 4104), (517, 1031, 2063), (4100, 1024, 2048)] if GPU else []
@@ -106,7 +109,7 @@ class CountCalls(torch.utils._python_dispatch.TorchDispatchMode):
 
 @both_ways
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=3) if any(n)], ids=str)
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_only_what_is_needed(needs, layout, recompute):
     M = 20
     inputs = make_inputs(M, K, N, torch.float32, layout, DEVICE)
@@ -117,12 +120,13 @@ def test_only_what_is_needed(needs, layout, recompute):
     assert sum(t.shape == (M, 2 * N) for t in saved) == (not recompute)
     assert any(t is x for t in saved) == (recompute or needs[1] or needs[2])  # frozen weights: x is not kept
     assert any(t is w_gate for t in saved) == any(t is w_up for t in saved) == (recompute or needs[0])
-    y = fused_swiglu(*inputs, recompute=recompute)
-    with CountCalls() as count:
-        gradients = torch.autograd.grad(y, leaves, dy)
     expected = [g for g, need in zip(reference(*inputs, dy)[1:], needs, strict=True) if need]
-    for gradient, right in zip(gradients, expected, strict=True):
-        assert relative_error(gradient, right) <= ROUNDING[torch.float32]
+    for mode in (contextlib.nullcontext(), CountCalls()):  # by the kernel, and by what a compiler sees
+        y = fused_swiglu(*inputs, recompute=recompute)
+        with mode as count:
+            gradients = torch.autograd.grad(y, leaves, dy)
+        for gradient, right in zip(gradients, expected, strict=True):
+            assert relative_error(gradient, right) <= ROUNDING[torch.float32]
     weights = 1 if layout == "linear" and needs[1] and needs[2] else needs[1] + needs[2]
     assert count.calls["mm"] == needs[0] + weights
     assert count.calls.get("addmm_", 0) == needs[0] and count.calls.get("swiglu", 0) == recompute
@@ -147,24 +151,15 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     assert kept[-1]
 
 
-def gate_up_after(run, **options):
-    """What is kept as gate and up, before and after a backward pass of `run(y)`."""
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_gate_and_up_make_room_for_their_gradients(retain_graph):
+    """Unless they are needed again; and autograd is told."""
     leaves = leaves_of(20, K, N, torch.float16)
     y = fused_swiglu(*leaves)
     kept = y.grad_fn.saved_tensors[-1]
     before, version = kept.clone(), kept._version
-    run(y, leaves)
-    return kept, before, version
-
-
-def test_gate_and_up_make_room_for_their_gradients():
-    """Unless they are needed again; and autograd is told."""
-    dy = make_dy(20, N, torch.float16, DEVICE)
-    kept, before, version = gate_up_after(lambda y, leaves: torch.autograd.grad(y, leaves, dy))
-    assert not torch.equal(kept, before) and kept._version > version
-    for options in ({"retain_graph": True}, {"create_graph": True}):
-        kept, before, _ = gate_up_after(lambda y, leaves, o=options: torch.autograd.grad(y, leaves, dy, **o))
-        assert torch.equal(kept, before)
+    y.backward(make_dy(20, N, torch.float16, DEVICE), retain_graph=retain_graph)
+    assert torch.equal(kept, before) == (kept._version == version) == retain_graph
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -213,15 +208,12 @@ def test_activation_checkpointing(dtype, reentrant, recompute):
 
 
 @both_ways
-def test_second_derivatives_are_refused(recompute):
-    leaves = leaves_of(5, 16, 24)
-    dy = make_dy(5, 24, torch.float32, DEVICE).requires_grad_()
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_second_derivatives_are_refused(needs, recompute):
+    leaves = [t.requires_grad_(need) for t, need in zip(make_inputs(5, 16, 24, *PLAIN), needs, strict=True)]
     for mode in (torch.enable_grad, CountCalls):  # by itself, and through the operator
-        with mode():
-            first = torch.autograd.grad(fused_swiglu(*leaves, recompute=recompute), leaves, dy, create_graph=True)
-            for wrong in (leaves[0], leaves[1], dy):
-                with pytest.raises(NotImplementedError, match="fused_swiglu can be differentiated once"):
-                    torch.autograd.grad(first[0].sum() + first[2].sum(), wrong, retain_graph=True)
+        with mode(), pytest.raises(NotImplementedError, match="fused_swiglu can be differentiated once"):
+            fused_swiglu(*leaves, recompute=recompute).sum().backward(create_graph=True)
 
 
 def test_a_weight_changed_in_place_is_noticed():

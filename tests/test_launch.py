@@ -256,7 +256,7 @@ FATAL = [torch.OutOfMemoryError("no memory"), torch.AcceleratorError("illegal ad
 
 @pytest.mark.parametrize("autotune", [False, True])
 def test_a_configuration_that_fails_is_left_out(autotune, monkeypatch, fresh):
-    usable, choices, inputs = fts.usable_configs, [], make_inputs(*FEW)
+    usable, choices, inputs = fts.usable_configs, [], make_inputs(20, 256, 512, *FEW[3:])
     # On a GPU two fail by themselves: too much shared memory, and a tile that does not compile
     broken = [fts._config(128, 128, 128, 8, 8), fts._config(16, 64, 24, 4, 3)] if GPU else []
     monkeypatch.setattr(fts, "usable_configs", lambda *args: choices.append([*broken, *usable(*args)]) or choices[-1])
@@ -269,7 +269,7 @@ def test_a_configuration_that_fails_is_left_out(autotune, monkeypatch, fresh):
         y = fused_swiglu(*inputs, autotune=autotune)
     assert relative_error(y, reference(*inputs)) <= ROUNDING[FP16]
     texts, tried = " ".join(str(w.message) for w in warned), len(calls)
-    assert "Required: 300000" in texts and all(str(config) in texts for config in broken)
+    assert any(fts._brief(error) in texts for error in FAILURES) and all(str(config) in texts for config in broken)
     if GPU:  # what works is launched without asking again
         assert torch.equal(fused_swiglu(*inputs, autotune=autotune), y) and len(calls) == tried
 

@@ -146,9 +146,12 @@ def test_modes_and_subclasses_see_the_operator():
     with CountCalls() as count:
         y = fused_swiglu(*leaves)
     assert count.calls == {"swiglu": 1}
-    wrapper = Wrapper(leaves[0].detach())
-    assert torch.equal(fused_swiglu(wrapper, *leaves[1:]), y)
-    assert wrapper.seen == ["swiglu"]
+    for recompute in (False, True):
+        wrapper = Wrapper(leaves[0].detach())
+        wrapped = fused_swiglu(wrapper, *leaves[1:], recompute=recompute)
+        assert torch.equal(wrapped, y) and wrapper.seen == ["swiglu"]
+        wrapped.sum().backward()  # whose gradient is no wrapper
+        assert "reshape" in wrapper.seen or "view" in wrapper.seen or "t" in wrapper.seen
     dy = make_dy(6, 24, torch.float32, DEVICE)
     for keeping in (y, fused_swiglu(*leaves)):  # kept by the operator, and without it
         with CountCalls() as count:

@@ -113,7 +113,7 @@ def test_what_the_kernels_fill_is_guarded(monkeypatch):
 @pytest.mark.parametrize("whose", ["cuBLAS's", "ours"])
 def test_a_fault_of_cublas_is_told_from_ours(whose, monkeypatch):
     case = draw(4)._replace(M=65, K=16, N=24, dtype="float16", w_gate="contiguous", w_up="contiguous", blocks=1)
-    mm, gradients = torch.mm, random_cases.fts._gradients
+    mm, backward = torch.mm, random_cases.fts.EagerSwiGLU.backward
 
     def cut(a, b):
         """Without the end of the sum, where there is more than 64 of it."""
@@ -122,10 +122,10 @@ def test_a_fault_of_cublas_is_told_from_ours(whose, monkeypatch):
     def cut_ours(*args):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "mm", cut)
-            return gradients(*args)
+            return backward(*args)
 
     if whose == "ours":
-        monkeypatch.setattr(random_cases.fts, "_gradients", cut_ours)
+        monkeypatch.setattr(random_cases.fts.EagerSwiGLU, "backward", staticmethod(cut_ours))
         with pytest.raises(AssertionError, match="the error of dw_gate is"):
             run_case(case)
     else:
