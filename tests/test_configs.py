@@ -1,8 +1,4 @@
-"""Tests of the tile configurations and of the kernel for Hopper: which may be chosen, right in each, compiled for all.
-
-Small sizes are for compute-sanitizer too, which takes its time. Under it cuBLAS's 16-bit kernels fail (racecheck) or
-leave what counts as unwritten (initcheck), so PyTorch computes on the CPU what these compare with.
-"""
+"""Tests of the tile configurations and of the kernel for Hopper: which may be chosen, right in each, compiled."""
 
 import ast
 import functools
@@ -79,11 +75,6 @@ def test_there_is_always_a_configuration(target):
     sizes = (1, 17, 33, 65, 129, 257, 5000, 10**6), (1, 512, 14336)
     for (kind, tma), M, N in itertools.product(operands_of(device), *sizes):
         assert 1 <= len(fts.usable_configs(kind, M, N, tma, device)) <= 12, (kind, tma, M, N)
-
-
-@pytest.mark.parametrize("kind, config", EVERY_CONFIG, ids=config_id)
-def test_each_configuration_is_chosen_somewhere(kind, config):
-    assert any(config in chosen(device, *case) for device in TARGETS.values() for case in operands_of(device))
 
 
 # ---- Right, and the same in each run ----

@@ -3,7 +3,6 @@
 import functools
 import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,23 +87,6 @@ def test_launchers_are_bounded(monkeypatch, fresh):
     for M in range(1, 7):
         assert_right(*make_inputs(M, 16, 24, FP32, "linear", DEVICE))
         assert 0 < len(fts._launchers) <= 4
-
-
-def test_one_thread_at_a_time_makes_first_launches(monkeypatch, fresh):
-    """Triton's autotuner and, without a GPU, its interpreter are not made for several."""
-    inside, alone, launch = [], [], fts._launch
-
-    def watched(*args):
-        alone.append(not inside)
-        inside.append(args)
-        time.sleep(0.05)
-        launch(*args)
-        inside.pop()
-
-    monkeypatch.setattr(fts, "_launch", watched)
-    with ThreadPoolExecutor(4) as pool:
-        [*pool.map(lambda M: untuned(*make_inputs(M, 16, 24, FP32, "linear", DEVICE)), range(1, 5))]
-    assert alone == [True] * 4
 
 
 @needs_gpu
@@ -326,23 +308,6 @@ def test_a_cache_folder_of_no_use(error, kernel, monkeypatch, fresh):
     assert_gradients_right(leaves, make_dy(20, 136, FP16, DEVICE))
 
 
-def test_too_little_memory_to_tune(monkeypatch, fresh):
-    """The default serves, and a later call tunes. On any machine, as if there were something to tune."""
-    interpreted, launch = fts.INTERPRETED, fts._launch
-
-    def launch_untuned_only(*args):
-        monkeypatch.setattr(fts, "INTERPRETED", interpreted and args[-1] != fts.TUNED)
-        return launch(*args)
-
-    monkeypatch.setattr(fts, "_launch", launch_untuned_only)
-    calls = watch(monkeypatch, fts.TUNER, "run", FATAL[:1])
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="is not tuned for M = 20, K = 72, N = 136 yet: .*no memory"):
-            assert_right(*make_inputs(*FEW[:3], FP32, *FEW[4:]), run=fused_swiglu)
-        assert fts.TUNER.nargs is fts.TUNER.early_config_prune is None
-    assert len(calls) == 4  # as assert_right makes two
-
-
 @needs_gpu
 def test_really_too_little_memory_to_tune(tmp_path):
     code = """
@@ -356,24 +321,6 @@ for _ in range(2):
 """
     warnings = ["fused_swiglu is not tuned for M = 20, K = 328, N = 520 yet:"]
     assert run_python(CALL + code, TRITON_CACHE_DIR=str(tmp_path)) == f"{warnings} 0\n[] 1\n"
-
-
-@needs_gpu
-def test_interrupted_tuning(monkeypatch, timed, fresh):
-    """Nothing half tuned is kept, in this process or on disk, and no tensor is held."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch(patch, fts.swiglu_kernel, "run", [KeyboardInterrupt()], lambda keywords: len(timed) == 2)
-        fused_swiglu(*make_inputs(*FEW))
-    assert not any((fts.TUNER.cache, fts._launchers, fts.TUNER.nargs, [*fresh.rglob("*.autotune.json")]))
-    assert_right(*make_inputs(*FEW), run=fused_swiglu)
-    assert len(fts.TUNER.cache) == len([*fresh.rglob("*.autotune.json")]) == 1
-
-
-def test_every_launch_says_whether_to_fuse(monkeypatch, fresh):
-    """Multiplications and additions: Triton 3.9 warns where it is not said."""
-    launches = [watch(monkeypatch, kernel, "run") for kernel in (fts.swiglu_kernel, fts.swiglu_backward_kernel)]
-    untuned(*common.leaves_of(*FEW[:4])).sum().backward()
-    assert [[k["enable_fp_fusion"] for k in each] for each in (*launches, [fts.HOPPER_OPTIONS])] == [[True]] * 3
 
 
 @pytest.mark.parametrize("gone", ["nothing", "NVMMASharedLayout", "nvidia.hopper.warpgroup_mma_wait"])

@@ -174,26 +174,6 @@ def test_fake_tensors_have_the_layout_of_real_ones(layout, recompute):
 
 
 @needs_gpu
-@both_ways
-@pytest.mark.parametrize("M, N", [(20, 136), (300, 5768)])
-def test_graph_capture_of_both_passes(M, N, recompute):
-    leaves, dy = leaves_of(M, 328, N, torch.bfloat16), make_dy(M, N, torch.bfloat16, DEVICE)
-    both_passes = differentiated(lambda t: fused_swiglu(*t, recompute=recompute), dy)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        both_passes(leaves)  # cuBLAS takes its workspace
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        results = both_passes(leaves)
-    for t in results:
-        t.fill_(float("nan"))
-    graph.replay()
-    for result, expected in zip(results, reference(*leaves, dy), strict=True):
-        assert relative_error(result, expected) <= gradient_limit(torch.bfloat16, 0)
-
-
-@needs_gpu
 def test_reduce_overhead():
     torch._dynamo.reset()
     compiled = torch.compile(fused_swiglu, mode="reduce-overhead", fullgraph=True)

@@ -144,25 +144,3 @@ def test_a_run_ends_well(tmp_path):
     (row,) = table.to_dict("records")
     assert row["cases"] > 2 and row["different_cases"] == 1
     assert row["gpu_bytes_grown"] == 0 and row["worst_error_over_limit"] <= 1
-
-
-def test_a_run_notices_lost_memory(monkeypatch):
-    lost = []
-    monkeypatch.setattr(random_cases, "run_case", lambda case: lost.append(case) or (0.5, []))
-    monkeypatch.setattr(random_cases, "memory", lambda: (len(lost), 0))
-    monkeypatch.setattr(random_cases.fts, "_launchers", {})
-    monkeypatch.setattr(sys, "argv", ["random_cases.py", "--minutes", "0.01", "--cycle", "5"])
-    with pytest.raises(AssertionError, match="memory was lost"):
-        random_cases.main()
-
-
-def test_a_run_says_which_case_fails(monkeypatch, capsys):
-    def fail(case):
-        assert case.number != 3, "wrong"
-        return 0.5, []
-
-    monkeypatch.setattr(random_cases, "run_case", fail)
-    monkeypatch.setattr(sys, "argv", ["random_cases.py", "--minutes", "0.01"])
-    with pytest.raises(AssertionError, match="wrong"):
-        random_cases.main()
-    assert "failed. Again: python tests/random_cases.py --case 3" in capsys.readouterr().err
