@@ -28,6 +28,8 @@ FP_FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not named
 
 
 # ---- Tile configurations, and which of them suit a call ----
+
+
 def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persistent=False, flatten=False, swap=False):
     # GROUP_M = 16 against 8: 774 -> 739 us at M = 2048 with row-major weights, never worse than the noise elsewhere.
     tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16)
@@ -124,6 +126,8 @@ def usable_configs(kind, M, N, tma, device):
 
 
 # ---- Kernel ----
+
+
 @triton.jit
 def grouped_tile(tile, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
     """Go down GROUP_M row tiles before moving one column on: what runs at the same time shares x and w in L2."""
@@ -243,7 +247,9 @@ def swiglu_kernel(
 TUNING_KEY = ["M_BUCKET", "N", "K", "LAYOUT", "INPUT_PRECISION", "DEVICE"]
 TUNER = triton.autotune([*chain(*CONFIGS.values())], TUNING_KEY, cache_results=True)(swiglu_kernel)
 
+
 # ---- Kernel for Hopper and results of many tiles, in Gluon: swiglu_kernel_hopper, at its end, is where to begin ----
+
 BOX = tl.constexpr(64)  # what a step takes of K, and a TMA box of a row: 128 bytes, the widest swizzle
 try:
     from triton.experimental import gluon
@@ -258,6 +264,7 @@ try:
     SWIZZLE = gl.NVMMASharedLayout(swizzle_byte_width=2 * BOX.value, element_bitwidth=16)
 except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
     gluon = None
+
 TILE_M, TILE_N, TILE_GROUP = tl.constexpr(128), tl.constexpr(128), tl.constexpr(16)  # for every M; see hopper_range
 STAGES = tl.constexpr(4)  # of BOX along K, 48 KB each. With y they fill the shared memory
 CONSUMERS, ROWS = tl.constexpr(2), tl.constexpr(64)  # of four warps; a tile's rows for each, as many as wgmma has
@@ -410,6 +417,7 @@ if gluon:
         )
 
 
+# ---- Kernel for the backward pass ----
 @triton.jit
 def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr):
     """From dy (M, N) and gate beside up (M, 2N) to dgate beside dup, in the same memory or not. All are contiguous."""
@@ -428,6 +436,7 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
 
 
 # ---- Checks, choice, launch ----
+
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernels above
 MAX_STEP = 2**40  # bytes: a descriptor's strides are below
 DTYPES = torch.bfloat16, torch.float16, torch.float32
@@ -652,6 +661,8 @@ def _working(configs, launch):
 
 
 # ---- Backward pass ----
+
+
 def _save_for_backward(ctx, inputs, output, overwrite=False):
     x, w_gate, w_up, keep, ctx.choice = inputs
     ctx.mark_non_differentiable(*(output[1:] if keep else ()))
@@ -720,6 +731,8 @@ def _differentiate_activation(dy, gate_up, d):
 
 
 # ---- The public function, and what autograd, torch.compile, torch.export and torch.vmap see ----
+
+
 class EagerSwiGLU(torch.autograd.Function):
     """For eager autograd, without the operator's layers: 930 -> 520 us of host time, both passes."""
 
