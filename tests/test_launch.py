@@ -299,6 +299,8 @@ def test_what_is_not_the_kernels_fault_surfaces(error, monkeypatch, hopper):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no JSON")], ids=repr)
 def test_a_cache_folder_of_no_use(error, kernel, monkeypatch, fresh):
     """One error, which names the folder, from either pass; and nothing is kept."""
+    if kernel == "swiglu_backward_kernel" and not GPU and fts.triton.__version__.startswith("3.5."):
+        pytest.skip("the interpreter of Triton 3.5 launches by another way")
     leaves = common.leaves_of(*FEW[:4])
     with monkeypatch.context() as patch, pytest.raises(RuntimeError) as raised:
         launches = watch(patch, getattr(fts, kernel), "run", [error])
