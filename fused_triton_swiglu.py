@@ -26,7 +26,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 FP_FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not named, as 3.10 changes the default
 
-
 # ---- Tile configurations, and which of them suit a call ----
 
 
@@ -288,7 +287,7 @@ if gluon:
 
     @gluon.jit
     def hopper_offsets(part, M, N, PARTS: gl.constexpr):
-        """Where it begins: off_m, off_n."""
+        """Where a tile, or a half of one, begins: off_m, off_n."""
         pid_m, pid_n = grouped_tile(part // PARTS, gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N), TILE_GROUP)
         return pid_m * TILE_M, pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)
 
@@ -605,8 +604,7 @@ def _launch(x, w_gate, w_up, y, gate_up, choice):
             TUNER.nargs = TUNER.early_config_prune = None  # or they would keep this call's tensors
     if INTERPRETED:
         return None
-    run = compiled[grid(config.kwargs)]
-    names = swiglu_kernel.arg_names
+    run, names = compiled[grid(config.kwargs)], swiglu_kernel.arg_names
     by_name = dict(zip(names[names.index("M") :], scalars, strict=False)) | config.kwargs
     constants = (None,) * (len(names) - names.index("EVEN_K"))  # which the compiled kernel ignores
 
@@ -702,12 +700,13 @@ def _backward(ctx, dy, *_):
         rows = x.reshape(M, x.shape[-1])
         return torch.mm(d.t(), rows).t() if ctx.linear else torch.mm(rows.t(), d)
 
-    (needs_x, needs_gate, needs_up), dgate, dup = ctx.needs_input_grad[:3], d[:, :N], d[:, N:]
+    needs_x, needs_gate, needs_up = ctx.needs_input_grad[:3]
+    dgate, dup = d[:, :N], d[:, N:]
     dx = dw_gate = dw_up = None
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
         if needs_x:
             dx = torch.mm(dgate, w_gate.t()).addmm_(dup, w_up.t()).view(*dy.shape[:-1], w_gate.shape[0])
-        if ctx.linear and needs_gate and needs_up:  # one product: at M = 4096 both passes take 4425 -> 4363 us
+        if ctx.linear and needs_gate and needs_up:  # one product, handed out in halves
             both = weight_gradient(d)
             dw_gate, dw_up = both[:, :N], both[:, N:]
         else:
@@ -734,7 +733,7 @@ def _differentiate_activation(dy, gate_up, d):
 
 
 class EagerSwiGLU(torch.autograd.Function):
-    """For eager autograd, without the operator's layers: 930 -> 520 us of host time, both passes."""
+    """For eager autograd, without the operator's layers, of which each takes host time."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -798,7 +797,8 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.
         NotImplementedError: under torch.vmap or forward-mode AD, or in a backward pass with create_graph=True.
-        RuntimeError: no configuration works here (one that fails is left out with a warning), or Triton's cache cannot.
+        RuntimeError: no configuration works here (one that fails is left out with a warning), or Triton's cache folder
+            cannot be used.
     """
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
         if not isinstance(t, torch.Tensor):

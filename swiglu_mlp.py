@@ -77,8 +77,8 @@ def replace_mlps(model, *, recompute=False):
     over as they are: parameters, optimizers and checkpoints do not notice. Returns the model.
 
     Raises:
-        ValueError: there is no MLP, or one has a bias, another kind of layer than nn.Linear, another activation than
-            SiLU, up before gate in gate_up_proj, or hooks, as of an earlier fully_shard. Then nothing was changed.
+        ValueError: there is no MLP, or one has a bias, another layer than nn.Linear, another formula (tried on a
+            few rows), or hooks, as of an earlier fully_shard. Then nothing was changed.
     """
     found = []
     for path, parent in model.named_modules():
@@ -119,13 +119,15 @@ def _check_mlp(path, mlp, projections):
     numbers = torch.Generator("cpu").manual_seed(0)
     x, gate, up, down = torch.randn(4, 8, 8, generator=numbers, dtype=torch.float64, device="cpu")
     x *= torch.logspace(-1, 2, 8, device="cpu")[:, None]  # far enough to meet a module that clamps
-    halves = (
-        {"gate_up_proj.weight": torch.cat([gate, up])} if packed else {"gate_proj.weight": gate, "up_proj.weight": up}
-    )
+    weights = {"down_proj.weight": down}
+    if packed:
+        weights["gate_up_proj.weight"] = torch.cat([gate, up])
+    else:
+        weights |= {"gate_proj.weight": gate, "up_proj.weight": up}
     training = mlp.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # in training, where there may be dropout
-            y = torch.func.functional_call(mlp.train(), halves | {"down_proj.weight": down}, x)
+            y = torch.func.functional_call(mlp.train(), weights, x)
         right = torch.allclose(y, (silu(x @ gate.t()) * (x @ up.t())) @ down.t())
     except Exception:
         right = False
