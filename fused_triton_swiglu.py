@@ -14,6 +14,7 @@ level, is faster on Hopper for more than 128 rows in 16 bits. This file needs to
 
 import functools
 import math
+import re
 import threading
 import warnings
 from collections import namedtuple
@@ -22,6 +23,7 @@ from itertools import chain
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 FP_FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not named, as 3.10 changes the default
@@ -152,8 +154,7 @@ def _descriptors(args):
     x, first, second = args["x_ptr"], args["w_gate_ptr"], args["w_up_ptr"]
     x_desc = w_desc = None
     if args["TMA"]:
-        shape, strides = [args["M"], args["K"]], [args["stride_xm"], 1]
-        x_desc = TensorDescriptor(x, shape, strides, [args["BLOCK_M"], args["BLOCK_K"]])
+        x_desc = TensorDescriptor(x, [args["M"], args["K"]], [args["stride_xm"], 1], [args["BLOCK_M"], args["BLOCK_K"]])
     if args["TMA"] == "xw":
         first, second = (second, first) if args["UP_FIRST"] else (first, second)
         distance = (second.data_ptr() - first.data_ptr()) // first.element_size()
@@ -164,10 +165,8 @@ def _descriptors(args):
 
 # Descriptors need the configuration's tile sizes. Made here, below the autotuner, they leave its cache on disk usable
 # (a Config.pre_hook, the other place for them, switches it off).
-HEURISTICS = {"x_desc": lambda args: _descriptors(args)[0], "w_desc": lambda args: _descriptors(args)[1]}
-
-
-@triton.heuristics(HEURISTICS | {"EVEN_K": lambda args: args["K"] % args["BLOCK_K"] == 0})
+@triton.heuristics({"x_desc": lambda args: _descriptors(args)[0], "w_desc": lambda args: _descriptors(args)[1]})
+@triton.heuristics({"EVEN_K": lambda args: args["K"] % args["BLOCK_K"] == 0})
 @triton.jit(do_not_specialize=["M_BUCKET"])
 def swiglu_kernel(
     # gate_up (M, 2N), gate beside up, is kept for the backward pass, or None. It and y are contiguous
@@ -439,6 +438,7 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernels above
 MAX_STEP = 2**40  # bytes: a descriptor's strides are below
 DTYPES = torch.bfloat16, torch.float16, torch.float32
+PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter  # and no subclass of theirs
 
 
 def _check(x, w_gate, w_up):
@@ -450,7 +450,9 @@ def _check(x, w_gate, w_up):
             raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}: all three must have one dtype")
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, but x is on {x.device}: all three must be on one device")
-        if t.device.type != "cuda" and not (INTERPRETED and t.device.type == "cpu"):
+        if t.layout != torch.strided or t.is_nested:
+            raise TypeError(f"{name} is {'nested' if t.is_nested else t.layout}: expected an ordinary, dense tensor")
+        if t.device.type not in ("cuda", "meta") and not (INTERPRETED and t.device.type == "cpu"):
             raise ValueError(f"{name} is on {t.device}: expected a GPU (or the CPU with TRITON_INTERPRET=1)")
     if x.dim() < 1:
         raise ValueError("x has no dimensions: expected (..., K)")
@@ -513,7 +515,7 @@ def _launch_key(x, w_gate, w_up, keep, choice):
         x.dtype, w_gate.dtype, w_up.dtype, x.device, w_gate.device, w_up.device,
         x.data_ptr() % 16, w_gate.data_ptr() % 16, w_up.data_ptr() % 16,
         0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice,
-        x.dtype == torch.float32 and torch.get_float32_matmul_precision(),
+        x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # whichever setting says so
     )  # fmt: skip
 
 
@@ -568,7 +570,7 @@ def _launch(x, w_gate, w_up, y, gate_up, choice):
         except UNUSABLE as error:
             gluon = None
             warnings.warn(f"fused_swiglu goes on without its kernel for Hopper, slower: {_brief(error)}", stacklevel=2)
-    in_full = INTERPRETED or not device.arch or torch.get_float32_matmul_precision() == "highest"
+    in_full = INTERPRETED or not device.arch or torch.backends.cuda.matmul.fp32_precision != "tf32"
     kind = "16-bit" if x.element_size() == 2 else "ieee" if in_full else "tf32"
     tma = tma_operands(x, w_gate, w_up, device)
     strides = *x.stride(), *w_gate.stride(), *w_up.stride()
@@ -681,13 +683,14 @@ def _backward(ctx, dy, *_):
     # dgate and dup take the place of gate and up unless these may be wanted again.
     overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
     ctx.maybe_clear_saved_tensors()  # not where the graph is retained
-    traced = _needs_dispatcher(dy, *(t for t in (x, w_gate, w_up, gate_up) if t is not None))
+    traced = _needs_dispatcher(dy, x if gate_up is None else gate_up)
+    traced |= torch._C._functorch.is_legacy_batchedtensor(dy)  # with is_grads_batched=True
     if gate_up is None:
         gate_up = (swiglu_op if traced else _forward)(x, w_gate, w_up, True, ctx.choice)[1]
     M, N = gate_up.shape[0], dy.shape[-1]
     dy_rows, gate_up = dy.reshape(M, N), gate_up.contiguous()
     if traced or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter truncates bf16
-        gate, up = gate_up[:, :N].float(), gate_up[:, N:].float()
+        gate, up = gate_up.float().chunk(2, 1)
         s = torch.sigmoid(gate)
         d = torch.cat([dy_rows * up * s * (1 + gate * (1 - s)), dy_rows * gate * s], dim=1).to(dy.dtype)
     else:
@@ -701,14 +704,14 @@ def _backward(ctx, dy, *_):
         return torch.mm(d.t(), rows).t() if ctx.linear else torch.mm(rows.t(), d)
 
     needs_x, needs_gate, needs_up = ctx.needs_input_grad[:3]
-    dgate, dup = d[:, :N], d[:, N:]
+    dgate, dup = d.chunk(2, 1)
     dx = dw_gate = dw_up = None
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
         if needs_x:
-            dx = torch.mm(dgate, w_gate.t()).addmm_(dup, w_up.t()).view(*dy.shape[:-1], w_gate.shape[0])
+            add = torch.addmm if traced else torch.Tensor.addmm_  # of which FlopCounterMode knows nothing
+            dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t()).view(*dy.shape[:-1], w_gate.shape[0])
         if ctx.linear and needs_gate and needs_up:  # one product, handed out in halves
-            both = weight_gradient(d)
-            dw_gate, dw_up = both[:, :N], both[:, N:]
+            dw_gate, dw_up = weight_gradient(d).chunk(2, 1)
         else:
             dw_gate = weight_gradient(dgate) if needs_gate else None
             dw_up = weight_gradient(dup) if needs_up else None
@@ -720,7 +723,7 @@ def _differentiate_activation(dy, gate_up, d):
     (M, N), BLOCK_N = dy.shape, 1024
     grid = (M * -(-N // BLOCK_N), 1, 1)  # triton.cdiv takes 5 us
     arguments = dy, gate_up, d, N, BLOCK_N
-    key = dy.dtype, gate_up.dtype, dy.device, N, *(t.data_ptr() % 16 for t in arguments[:3])
+    key = dy.dtype, gate_up.dtype, dy.device, N, dy.data_ptr() % 16, gate_up.data_ptr() % 16, d.data_ptr() % 16
     with torch.cuda.device_of(dy):
         compiled = _launchers.get(key)
         if compiled is not None:
@@ -730,6 +733,11 @@ def _differentiate_activation(dy, gate_up, d):
 
 
 # ---- The public function, and what autograd, torch.compile, torch.export and torch.vmap see ----
+
+
+def _refuse_forward_mode(*_):
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError("fused_swiglu has no forward-mode derivative")
 
 
 class EagerSwiGLU(torch.autograd.Function):
@@ -743,12 +751,15 @@ class EagerSwiGLU(torch.autograd.Function):
         return output[0]
 
     backward = staticmethod(_backward)
+    jvp = staticmethod(_refuse_forward_mode)
 
 
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::swiglu", mutates_args=())  # a name for each copy of this file
+# A name for each copy of this file, of letters, digits and underscores as PyTorch wants it
+@torch.library.custom_op(re.sub(r"\W|^(?=\d)", "_", __name__, flags=re.ASCII) + "::swiglu", mutates_args=())
 def swiglu_op(
     x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, choice: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _refuse_forward_mode()  # PyTorch would take the derivative for zero
     y, gate_up = _forward(x, w_gate, w_up, keep, choice)
     return y, x.new_empty((0, 2 * w_gate.shape[1])) if gate_up is None else gate_up  # operators return tensors only
 
@@ -760,6 +771,7 @@ def _(x, w_gate, w_up, keep, choice):
 
 
 swiglu_op.register_autograd(_backward, setup_context=_save_for_backward)
+register_flop_formula(swiglu_op._opoverload.overloadpacket)(lambda x, w, *_, **__: 4 * math.prod(x) * w[1])  # of shapes
 
 
 @swiglu_op.register_vmap
@@ -768,10 +780,23 @@ def _(*_):
 
 
 def _needs_dispatcher(*tensors):
-    """Whether something other than eager autograd is to see the call: a compiler, a transform, a mode, a subclass."""
-    if torch.compiler.is_compiling() or not {type(t) for t in tensors} <= {torch.Tensor, torch.nn.Parameter}:
+    """Whether more than eager autograd is to see the call: a compiler, transform or mode, or what handles odd data."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    for t in tensors:
+        if type(t) not in PLAIN_TENSORS or t.layout != torch.strided or t.is_nested or t.is_meta or t.is_neg():
+            return True
+    return torch._C._are_functorch_transforms_active()
+
+
+def _autocast(t, dtype, by_itself):
+    """t in autocast's dtype, as F.linear would have it. On a GPU einsum does it `by_itself`, once for a parameter."""
+    if not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    parameter = t._base if by_itself else None  # of weight.t(), behind which autocast does not see it
+    if parameter is not None and parameter.is_leaf and not t.is_leaf and t.is_set_to(parameter.t()):
+        t = torch.einsum("nk->kn", parameter)
+    return (torch.einsum("...->...", t) if by_itself else t).to(dtype)
 
 
 def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invariant=False):
@@ -790,9 +815,9 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
             x contiguous and aligned to 16 bytes, and not for gradients.
 
     Returns:
-        (..., N), contiguous, x's dtype. Sums and SiLU are in float32, float32 products as
-        `torch.get_float32_matmul_precision()` says (on NVIDIA). Differentiable once in all three; only gradients that
-        are required are computed, the weights' lie in memory as both weights do. torch.autocast casts as for F.linear.
+        (..., N), contiguous, x's dtype. Sums and SiLU are in float32; on NVIDIA, float32 products are as exact as the
+        settings want torch.mm's to be. Differentiable once in all three; only gradients that are required are computed,
+        the weights' lie in memory as both weights do. torch.autocast casts as for F.linear.
 
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.
@@ -803,18 +828,17 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
-    device = x.device.type
+    dispatched, device = _needs_dispatcher(x, w_gate, w_up), x.device.type
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        floats = (t.is_floating_point() and t.dtype != torch.float64 for t in (x, w_gate, w_up))
-        x, w_gate, w_up = (t.to(dtype) if cast else t for t, cast in zip((x, w_gate, w_up), floats, strict=True))
+        x, w_gate, w_up = (_autocast(t, dtype, not dispatched) for t in (x, w_gate, w_up))
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)
-    # An exported program mostly serves inference, with weights that require grad, and would keep gate and up each time.
-    keep = needs_grad and not recompute and not torch.compiler._is_exporting_flag  # is_exporting() holds in compile too
+    # An exported program mostly serves inference, though its weights require grad (is_exporting() holds in compile too)
+    keep = needs_grad and not (recompute or torch.compiler._is_exporting_flag or torch.jit.is_tracing())
     choice = ONE_FOR_ALL_M if batch_invariant else TUNED if autotune else DEFAULT
-    if _needs_dispatcher(x, w_gate, w_up):
+    if dispatched:
         _check(x, w_gate, w_up)
         return swiglu_op(x, w_gate, w_up, keep, choice)[0]
-    if needs_grad or torch.autograd.forward_ad._current_level >= 0:  # autograd refuses forward mode clearly
+    if needs_grad or torch.autograd.forward_ad._current_level >= 0:
         return EagerSwiGLU.apply(x, w_gate, w_up, keep, choice)
     return _forward(x, w_gate, w_up, False, choice)[0]

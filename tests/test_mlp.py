@@ -102,18 +102,19 @@ def test_halves_of_gate_up_proj():
 class MLP(torch.nn.Module):
     """With layers of these names, 4 x 4 unless given: Llama's or Phi-3's MLP, or nearly."""
 
-    def __init__(self, *names, act=torch.nn.functional.silu, up_first=False, limit=float("inf"), **layers):
+    def __init__(self, *names, act=torch.nn.functional.silu, up_first=False, limit=torch.inf, dropout=0.0, **layers):
         super().__init__()
         for name in names:
             setattr(self, name, layers.get(name) or torch.nn.Linear(4, 8 if name == "gate_up_proj" else 4, bias=False))
-        self.act_fn, self.up_first, self.limit = act, up_first, limit
+        self.act_fn, self.up_first, self.limit, self.dropout = act, up_first, limit, dropout
 
     def forward(self, x):
         if hasattr(self, "gate_proj"):
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)[:: -1 if self.up_first else 1]
-        return self.down_proj(self.act_fn(gate.clamp(max=self.limit)) * up)
+        inner = self.act_fn(gate.clamp(max=self.limit)) * up
+        return self.down_proj(torch.nn.functional.dropout(inner, self.dropout, self.training))
 
 
 llama_mlp = functools.partial(MLP, "gate_proj", "up_proj", "down_proj")
@@ -122,7 +123,7 @@ BIASED, GELU = torch.nn.Linear(4, 4), torch.nn.GELU()
 REFUSED = [
     (llama_mlp(up_proj=BIASED), "1.mlp.up_proj is Linear(in_features=4, out_features=4, bias=True)"),
     (llama_mlp(gate_proj=GELU), "1.mlp.gate_proj is GELU(approximate='none'): expected an nn.Linear without bias"),
-    (llama_mlp(act=GELU), "1.mlp.act_fn is GELU(approximate='none'): expected SiLU"),
+    (llama_mlp(act=GELU), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
     (phi3_mlp(act=GELU), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
     (phi3_mlp(up_first=True), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
     (phi3_mlp(limit=7), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
@@ -232,7 +233,7 @@ EXPECTED = dict.fromkeys(["DDP", "FSDP2", "columns", "columns, compiled", "colum
     "rows of up_proj": "up_proj.weight has the placements (Shard(dim=1),): expected (Shard(dim=0),)",
     "as FSDP2 shards": "down_proj.weight has the placements (Shard(dim=0),): expected (Shard(dim=1),)",
     "gate_up_proj": "gate_up_proj.weight has the placements (Shard(dim=0),): expected None",
-    "FSDP2 too early": "0 has hooks: expected none, as they would be lost",
+    "FSDP2 too early": "0 has forward_hooks of its own, which would be lost",
 }
 
 
