@@ -36,8 +36,8 @@ MUTANTS = {
     "rounded before SiLU": ("y = silu_mul(gate, up)", "y = silu_mul(gate.to(tl.float16).to(tl.float32), up)"),
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
     "a wrong derivative": ("dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))", "dgate = dy * up * sigmoid"),
-    "dup left out of dx": (".addmm_(dup, w_up.t())", ""),
-    "gradients of the weights exchanged": ("dw_gate, dw_up = both", "dw_up, dw_gate = both"),
+    "dup left out of dx": ("dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t())", "dx = torch.mm(dgate, w_gate.t())"),
+    "gradients of the weights exchanged": ("dw_gate, dw_up = weight_gradient", "dw_up, dw_gate = weight_gradient"),
     "gate and up overwritten, which the graph retains": ("d = gate_up if overwrite else torch.empty_like(", "d = ("),
 }
 # None that hangs: the steps of loads and products stay the same in number.
