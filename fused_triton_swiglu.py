@@ -442,7 +442,7 @@ PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter  # and no subclass of theirs
 
 
 def _check(x, w_gate, w_up):
-    """Raise for what fused_swiglu does not take. All that this reads is in _launch_key: a cached call was checked."""
+    """Raise for what fused_swiglu does not take. What it reads of dense tensors is in _launch_key: once is enough."""
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} is {t.dtype}: expected torch.bfloat16, torch.float16 or torch.float32")
@@ -461,6 +461,16 @@ def _check(x, w_gate, w_up):
         raise ValueError(f"w_gate is {shape}, but x is {tuple(x.shape)}: w_gate must be (K, N), with K = {K}")
     if w_up.shape != w_gate.shape:
         raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be (K, N)")
+
+
+def _needs_dispatcher(*tensors):
+    """Whether more than eager autograd is to see the call: a compiler, transform, mode or subclass, or data is odd."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for t in tensors:
+        if type(t) not in PLAIN_TENSORS or t.layout != torch.strided or t.is_nested or t.is_meta or t.is_neg():
+            return True
+    return torch._C._are_functorch_transforms_active()
 
 
 def _tma_takes(t):
@@ -515,7 +525,7 @@ def _launch_key(x, w_gate, w_up, keep, choice):
         x.dtype, w_gate.dtype, w_up.dtype, x.device, w_gate.device, w_up.device,
         x.data_ptr() % 16, w_gate.data_ptr() % 16, w_up.data_ptr() % 16,
         0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice,
-        x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # whichever setting says so
+        x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # by all of PyTorch's settings
     )  # fmt: skip
 
 
@@ -683,13 +693,13 @@ def _backward(ctx, dy, *_):
     # dgate and dup take the place of gate and up unless these may be wanted again.
     overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
     ctx.maybe_clear_saved_tensors()  # not where the graph is retained
-    traced = _needs_dispatcher(dy, x if gate_up is None else gate_up)
-    traced |= torch._C._functorch.is_legacy_batchedtensor(dy)  # with is_grads_batched=True
+    dispatched = _needs_dispatcher(dy, x if gate_up is None else gate_up)
+    dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy)  # with is_grads_batched=True
     if gate_up is None:
-        gate_up = (swiglu_op if traced else _forward)(x, w_gate, w_up, True, ctx.choice)[1]
+        gate_up = (swiglu_op if dispatched else _forward)(x, w_gate, w_up, True, ctx.choice)[1]
     M, N = gate_up.shape[0], dy.shape[-1]
     dy_rows, gate_up = dy.reshape(M, N), gate_up.contiguous()
-    if traced or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter truncates bf16
+    if dispatched or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter cuts bf16
         gate, up = gate_up.float().chunk(2, 1)
         s = torch.sigmoid(gate)
         d = torch.cat([dy_rows * up * s * (1 + gate * (1 - s)), dy_rows * gate * s], dim=1).to(dy.dtype)
@@ -708,7 +718,7 @@ def _backward(ctx, dy, *_):
     dx = dw_gate = dw_up = None
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
         if needs_x:
-            add = torch.addmm if traced else torch.Tensor.addmm_  # of which FlopCounterMode knows nothing
+            add = torch.addmm if dispatched else torch.Tensor.addmm_  # which FlopCounterMode does not know
             dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t()).view(*dy.shape[:-1], w_gate.shape[0])
         if ctx.linear and needs_gate and needs_up:  # one product, handed out in halves
             dw_gate, dw_up = weight_gradient(d).chunk(2, 1)
@@ -754,12 +764,12 @@ class EagerSwiGLU(torch.autograd.Function):
     jvp = staticmethod(_refuse_forward_mode)
 
 
-# A name for each copy of this file, of letters, digits and underscores as PyTorch wants it
+# Named after the module, in letters, digits and underscores as PyTorch wants it
 @torch.library.custom_op(re.sub(r"\W|^(?=\d)", "_", __name__, flags=re.ASCII) + "::swiglu", mutates_args=())
 def swiglu_op(
     x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, choice: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _refuse_forward_mode()  # PyTorch would take the derivative for zero
+    _refuse_forward_mode()  # PyTorch would take it for zero. Whether any is wanted cannot be seen here
     y, gate_up = _forward(x, w_gate, w_up, keep, choice)
     return y, x.new_empty((0, 2 * w_gate.shape[1])) if gate_up is None else gate_up  # operators return tensors only
 
@@ -779,23 +789,13 @@ def _(*_):
     raise NotImplementedError("fused_swiglu under torch.vmap: x takes any number of leading dimensions without it")
 
 
-def _needs_dispatcher(*tensors):
-    """Whether more than eager autograd is to see the call: a compiler, transform or mode, or what handles odd data."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    for t in tensors:
-        if type(t) not in PLAIN_TENSORS or t.layout != torch.strided or t.is_nested or t.is_meta or t.is_neg():
-            return True
-    return torch._C._are_functorch_transforms_active()
-
-
 def _autocast(t, dtype, by_itself):
-    """t in autocast's dtype, as F.linear would have it. On a GPU einsum does it `by_itself`, once for a parameter."""
+    """t in autocast's dtype, as F.linear has it. On a GPU einsum casts, a parameter once for all calls in a region."""
     if not t.is_floating_point() or t.dtype == torch.float64:
         return t
-    parameter = t._base if by_itself else None  # of weight.t(), behind which autocast does not see it
-    if parameter is not None and parameter.is_leaf and not t.is_leaf and t.is_set_to(parameter.t()):
-        t = torch.einsum("nk->kn", parameter)
+    base = t._base if by_itself else None  # the parameter behind weight.t(), which autocast does not look for
+    if base is not None and base.dim() == 2 and base.is_leaf and not t.is_leaf and t.is_set_to(base.t()):
+        t = torch.einsum("nk->kn", base)
     return (torch.einsum("...->...", t) if by_itself else t).to(dtype)
 
 
@@ -815,9 +815,9 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
             x contiguous and aligned to 16 bytes, and not for gradients.
 
     Returns:
-        (..., N), contiguous, x's dtype. Sums and SiLU are in float32; on NVIDIA, float32 products are as exact as the
-        settings want torch.mm's to be. Differentiable once in all three; only gradients that are required are computed,
-        the weights' lie in memory as both weights do. torch.autocast casts as for F.linear.
+        (..., N), contiguous, x's dtype. Sums and SiLU are in float32; on NVIDIA, float32 products are rounded to tf32
+        where PyTorch's settings have torch.mm do so. Differentiable once in all three; only gradients that are required
+        are computed, the weights' lie in memory as both weights do. torch.autocast casts as for F.linear.
 
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.

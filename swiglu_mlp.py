@@ -26,15 +26,15 @@ class SwiGLUMLP(torch.nn.Module):
     load_state_dict takes theirs: gate_proj.weight and up_proj.weight (intermediate_size, hidden_size), down_proj.weight
     (hidden_size, intermediate_size). `recompute` as in fused_swiglu.
 
-    Where gate_proj or up_proj is more than an nn.Linear without bias and hooks, because of an adapter, a quantised
-    weight, pruning or a parametrization, both are called as they are, without the kernel.
+    Where one of the layers before down_proj is more than an nn.Linear without bias and hooks (an adapter, a quantised
+    weight, pruning, a parametrization), they are called as they are, without the kernel.
 
     Tensor parallelism: parallelize_module with ColwiseParallel() for gate_proj and up_proj, RowwiseParallel() for
     down_proj. Each rank computes its columns. x is an ordinary tensor, the same on every rank, or a DTensor over the
-    same mesh. Of these layers' hooks only down_proj's run: its output_layouts may be others.
+    same mesh. Of the hooks that this adds only down_proj's run: its output_layouts may be others.
 
     Raises:
-        ValueError: weights are DTensors in forward, and not spread like that. So are those of gate_up_proj always.
+        ValueError: in forward, weights are DTensors spread in another way, or gate_up_proj's is a DTensor at all.
     """
 
     def __init__(self, hidden_size, intermediate_size, *, recompute=False, device=None, dtype=None):
@@ -79,7 +79,7 @@ def _of_this_rank(x, mlp):
     # from layers that fully_shard was called for one by one: all of those are Shard(0).
     expected = {"gate_proj": (Shard(0),), "up_proj": (Shard(0),), "down_proj": (Shard(1),)}
     for name, layer in mlp.named_children():
-        placements, right = getattr(layer.weight, "placements", None), expected.get(name)
+        placements, right = getattr(getattr(layer, "weight", None), "placements", None), expected.get(name)
         if placements != right:
             raise ValueError(f"{name}.weight has the placements {placements}: expected {right} (None: no DTensor)")
     mesh = mlp.gate_proj.weight.device_mesh
@@ -91,57 +91,43 @@ def _of_this_rank(x, mlp):
 
 
 def replace_mlps(model, *, recompute=False):
-    """Swap every MLP inside a Hugging Face Llama, Mistral, Qwen, Phi-3 or GLM model for a SwiGLUMLP, in place.
+    """Make every MLP of a Hugging Face Llama, Mistral, Qwen, Phi-3 or GLM model a SwiGLUMLP, in place.
 
-    An MLP is a module with the layers gate_proj, up_proj and down_proj, or gate_up_proj and down_proj. They are taken
-    over as they are: parameters, optimizers and checkpoints do not notice. Each SwiGLUMLP that is there already, as
-    after an earlier call, is given `recompute`. Returns the model.
+    An MLP is a module with the layers gate_proj, up_proj and down_proj, or gate_up_proj and down_proj. It stays the
+    same object, of another class: parameters, optimizers, checkpoints and what is wrapped around it do not notice.
+    `recompute` is given to each SwiGLUMLP in the model, also to those of an earlier call. Returns the model.
 
     Raises:
-        ValueError: there is no MLP; the model is one itself; or one has a bias, another layer than nn.Linear, more than
-            these layers, another formula (tried on a few rows), hooks, as of an earlier fully_shard, or a forward
-            method of its own, or is compiled. Then nothing was changed.
+        ValueError: there is no MLP; or one has a bias, another layer than nn.Linear, more than these layers, another
+            formula (tried on a few rows), hooks, as of an earlier fully_shard, or its own forward. Then nothing changed.
     """
-    already = [module for module in model.modules() if isinstance(module, SwiGLUMLP)]
-    replacements, places = {}, []
-    for path, parent in model.named_modules():
-        if parent is model and _projections(model):
-            raise ValueError(f"{type(model).__name__} is itself an MLP: expected a model that holds one")
-        for name, mlp in parent._modules.items():
-            if _projections(mlp):
-                _check_mlp(f"{path}.{name}".lstrip("."), mlp, parent)
-                replacements[mlp] = SwiGLUMLP(1, 1, device="meta")
-                places.append((parent, name, mlp))
-    if not already and not places:
+    found = [(path or type(module).__name__, module) for path, module in model.named_modules() if _projections(module)]
+    for path, mlp in found:
+        _check_mlp(path, mlp)
+    for _, mlp in found:
+        mlp.__class__ = SwiGLUMLP
+    mlps = [module for module in model.modules() if isinstance(module, SwiGLUMLP)]
+    if not mlps:
         layers = " or ".join(map(", ".join, (PROJECTIONS, PACKED_PROJECTIONS)))
         raise ValueError(f"{type(model).__name__} holds no module with {layers}: nothing to replace")
-    for mlp, replacement in replacements.items():
-        replacement._modules.clear()
-        for name in mlp._modules:  # in its own order, by which optimizers number parameters
-            if name in _projections(mlp):
-                setattr(replacement, name, getattr(mlp, name))
-        replacement.train(mlp.training)
-    for parent, name, mlp in places:  # each of them, where one MLP has several
-        setattr(parent, name, replacements[mlp])
-    for mlp in [*already, *replacements.values()]:
+    for mlp in mlps:
         mlp.recompute = recompute
     return model
 
 
 def _projections(module):
-    """The names of its layers, if a module is an MLP that may be replaced."""
+    """The names of its layers, if a module is an MLP that is no SwiGLUMLP yet."""
     for names in (PROJECTIONS, PACKED_PROJECTIONS):
-        if module is not None and module._modules.keys() >= set(names) and not isinstance(module, SwiGLUMLP):
+        if module._modules.keys() >= set(names) and not isinstance(module, SwiGLUMLP):
             return names
     return ()
 
 
-def _check_mlp(path, mlp, parent):
-    """Raise if SwiGLUMLP would compute something else than this module does, or something of it would be lost."""
-    own = [name for name, value in vars(mlp).items() if value and (name.endswith("_hooks") or name == "forward")]
-    if own or mlp._compiled_call_impl or hasattr(parent, "_orig_mod"):
-        how = f"has {own[0].strip('_')} of its own" if own else "is compiled"
-        raise ValueError(f"{path} {how}, which would be lost: call replace_mlps first")
+def _check_mlp(path, mlp):
+    """Raise if SwiGLUMLP would compute something else than this module does."""
+    for name, value in vars(mlp).items():
+        if name == "forward" or (name.endswith("_hooks") and value):
+            raise ValueError(f"{path} has its own {name.strip('_')}: call replace_mlps first")
     projections = _projections(mlp)
     for projection in projections:
         layer = getattr(mlp, projection)
@@ -161,17 +147,15 @@ def _check_mlp(path, mlp, parent):
         weights["gate_up_proj.weight"] = torch.cat([gate, up])
     else:
         weights |= {"gate_proj.weight": gate, "up_proj.weight": up}
-    training = mlp.training
+    training, why = mlp.training, None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # in training, where there may be dropout
             y = torch.func.functional_call(mlp.train(), weights, x)
         right = torch.allclose(y, (silu(x @ gate.t()) * (x @ up.t())) @ down.t())
-    except Exception:
-        right = False
+    except Exception as error:
+        right, why = False, error
     finally:
         mlp.train(training)
     if not right:
-        raise ValueError(
-            f"{path} computes another formula: expected down_proj(silu(gate) * up), with gate the first half of "
-            "gate_up_proj's result and up the second"
-        )
+        formula = "down_proj(silu(gate) * up), gate being gate_proj(x) or the first half of gate_up_proj(x)"
+        raise ValueError(f"{path} ({type(mlp).__name__}) computes another formula than {formula}") from why

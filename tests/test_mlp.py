@@ -123,11 +123,11 @@ BIASED, GELU = torch.nn.Linear(4, 4), torch.nn.GELU()
 REFUSED = [
     (llama_mlp(up_proj=BIASED), "1.mlp.up_proj is Linear(in_features=4, out_features=4, bias=True)"),
     (llama_mlp(gate_proj=GELU), "1.mlp.gate_proj is GELU(approximate='none'): expected an nn.Linear without bias"),
-    (llama_mlp(act=GELU), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
-    (phi3_mlp(act=GELU), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
-    (phi3_mlp(up_first=True), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
-    (phi3_mlp(limit=7), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
-    (llama_mlp(limit=7), "1.mlp computes another formula: expected down_proj(silu(gate) * up)"),
+    (llama_mlp(act=GELU), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
+    (phi3_mlp(act=GELU), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
+    (phi3_mlp(up_first=True), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
+    (phi3_mlp(limit=7), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
+    (llama_mlp(limit=7), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
 ]
 
 
@@ -233,7 +233,7 @@ EXPECTED = dict.fromkeys(["DDP", "FSDP2", "columns", "columns, compiled", "colum
     "rows of up_proj": "up_proj.weight has the placements (Shard(dim=1),): expected (Shard(dim=0),)",
     "as FSDP2 shards": "down_proj.weight has the placements (Shard(dim=0),): expected (Shard(dim=1),)",
     "gate_up_proj": "gate_up_proj.weight has the placements (Shard(dim=0),): expected None",
-    "FSDP2 too early": "0 has forward_hooks of its own, which would be lost",
+    "FSDP2 too early": "0 has its own forward_hooks: call replace_mlps first",
 }
 
 
