@@ -99,7 +99,7 @@ def replace_mlps(model, *, recompute=False):
 
     Raises:
         ValueError: there is no MLP; or one has a bias, another layer than nn.Linear, more than these layers, another
-            formula (tried on a few rows), hooks, as of an earlier fully_shard, or its own forward. Then nothing changed.
+            formula (tried on a few rows), its own forward, or hooks, as of an earlier fully_shard. All is as it was.
     """
     found = [(path or type(module).__name__, module) for path, module in model.named_modules() if _projections(module)]
     for path, mlp in found:
