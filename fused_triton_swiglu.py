@@ -38,6 +38,15 @@ def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persist
     return triton.Config(tile | form, num_warps, num_stages)
 
 
+EITHER_LAYOUT = [  # of 32-bit numbers
+    _config(64, 64, 32, 8, 3, swap=True),  # tf32, M > 32, and row-major, M = 64
+    _config(128, 32, 32, 8, 3),
+    _config(64, 64, 32, 8, 3),
+    _config(64, 32, 32, 4, 2),
+    _config(32, 64, 32, 4, 3),  # row-major, M = 32
+    _config(16, 64, 32, 4, 3),
+]
+LARGE_32_BIT = _config(128, 64, 32, 8, 4, swap=True)  # M > 64. With row-major weights it spills 192 bytes, and wins
 # The first that usable_configs() keeps is the default, which needs no tuning. The comments say where each one won on an
 # H100 (K = 4096, N = 14336); those without a place serve devices with less shared memory. Those for more than 128 rows
 # of 16-bit numbers are for other devices than Hopper and for operands that TMA refuses.
@@ -63,21 +72,14 @@ CONFIGS = {
         _config(16, 128, 64, 4, 3, swap=True),  # row-major, M <= 16
         _config(16, 64, 64, 4, 3),
     ],
-    "tf32": [  # rounding takes both operands through registers: see round_to_tf32
-        _config(128, 128, 32, 8, 2),  # M >= 512
-        _config(128, 64, 32, 8, 4, swap=True),  # row-major, M >= 512
-        _config(128, 64, 32, 8, 3),
-        _config(64, 64, 32, 4, 3),
-        _config(32, 64, 32, 4, 4),
-        _config(16, 64, 32, 4, 4),
+    "32-bit, linear": [
+        LARGE_32_BIT,
+        _config(64, 128, 32, 8, 3, swap=True),  # M = 64
+        _config(32, 64, 32, 4, 4, swap=True),  # M = 32
+        _config(16, 64, 64, 4, 3, swap=True),  # M <= 16
+        *EITHER_LAYOUT,
     ],
-    "ieee": [  # no tensor core multiplies in full fp32
-        _config(128, 64, 16, 8, 3),
-        _config(64, 64, 16, 8, 3),
-        _config(64, 32, 16, 4, 2),
-        _config(16, 128, 16, 8, 3, swap=True),
-        _config(16, 64, 16, 4, 3),
-    ],
+    "32-bit, row-major": [LARGE_32_BIT, _config(16, 128, 32, 8, 3), *EITHER_LAYOUT],  # the second: M <= 16
 }
 
 
@@ -106,9 +108,9 @@ def usable_configs(kind, M, N, tma, device):
     # wgmma and tcgen05 read their operands from shared memory. mma.sync and FMAs keep them in registers, which leaves
     # room for half the accumulator, and have no side of 64 rows that would make it worth to swap the operands.
     operands_in_shared_memory = device.arch // 10 in (9, 10)
-    max_acc = 128 * 256 if operands_in_shared_memory else 128 * 128
-    min_rows = 64 if triton.cdiv(M, 128) * triton.cdiv(N, 128) < device.num_sms else 128
     itemsize = 2 if kind == "16-bit" else 4
+    max_acc = (128 * 256 if operands_in_shared_memory else 128 * 128) // (itemsize // 2)  # with products beside it
+    min_rows = 64 if itemsize == 4 or triton.cdiv(M, 128) * triton.cdiv(N, 128) < device.num_sms else 128
 
     def usable(config):
         block_m, block_n, block_k = (config.kwargs[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -147,6 +149,26 @@ def silu_mul(gate, up):
 def round_to_tf32(a):
     """The tensor cores cut fp32 off after 10 bits, which shrinks every product: 1.6e-3 error against 4.2e-4 rounded."""
     return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def tf32_parts(a):
+    """fp32 numbers as the sum of two: one rounded to the 10 bits that a tensor core takes, and the rest."""
+    bits = a.to(tl.int32, bitcast=True)
+    # Not rounded up to infinity. And infinity's rest is NaN
+    big = ((bits + tl.where(tl.abs(a) < 3.4e38, 0x1000, 0)) & -0x2000).to(tl.float32, bitcast=True)
+    return big, a - big
+
+
+@triton.jit
+def dot_tf32x3(a, b, acc):
+    """acc + a @ b in full fp32, by three products of parts: 1574 us at M = 512, where eager PyTorch takes 2780."""
+    a_big, a_rest = tf32_parts(a)
+    b_big, b_rest = tf32_parts(b)
+    product = tl.dot(a_rest, b_big, input_precision="tf32")
+    product = tl.dot(a_big, b_rest, product, input_precision="tf32")
+    product = tl.where(product == product, product, 0.0)  # without the rests of infinities
+    return acc + tl.dot(a_big, b_big, product, input_precision="tf32")
 
 
 def _descriptors(args):
@@ -219,12 +241,16 @@ def swiglu_kernel(
             else:
                 w = tl.load(w_ptrs, mask=(columns < N) & mask_wk, other=0.0)
                 w_ptrs += w_step
-            if INPUT_PRECISION == "tf32":
-                x, w = round_to_tf32(x), round_to_tf32(w)
             if SWAP_AB:
-                acc = tl.dot(w.T, x.T, acc, input_precision=INPUT_PRECISION)
+                a, b = w.T, x.T
             else:
-                acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+                a, b = x, w
+            if INPUT_PRECISION == "tf32x3":
+                acc = dot_tf32x3(a, b, acc)
+            elif INPUT_PRECISION == "tf32":
+                acc = tl.dot(round_to_tf32(a), round_to_tf32(b), acc, input_precision="tf32")
+            else:
+                acc = tl.dot(a, b, acc, input_precision="ieee")
 
         # ---- Epilogue: take the accumulator apart (column n and n + BLOCK_N are in one thread), SiLU in fp32 ----
         if SWAP_AB:
@@ -580,13 +606,16 @@ def _launch(x, w_gate, w_up, y, gate_up, choice):
         except UNUSABLE as error:
             gluon = None
             warnings.warn(f"fused_swiglu goes on without its kernel for Hopper, slower: {_brief(error)}", stacklevel=2)
-    in_full = INTERPRETED or not device.arch or torch.backends.cuda.matmul.fp32_precision != "tf32"
-    kind = "16-bit" if x.element_size() == 2 else "ieee" if in_full else "tf32"
     tma = tma_operands(x, w_gate, w_up, device)
     strides = *x.stride(), *w_gate.stride(), *w_up.stride()
     along_k = x.stride(1), w_gate.stride(0), w_up.stride(0)
+    kind, precision = "16-bit", "ieee"
+    if x.element_size() == 4:
+        kind = "32-bit, linear" if along_k[1:] == (1, 1) else "32-bit, row-major"
+        if device.arch and not INTERPRETED:
+            precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     layout = "".join("K" if stride == 1 else "-" for stride in along_k) + "/" + tma  # such as "KKK/xw"
-    precision, same_stride_k = "tf32" if kind == "tf32" else "ieee", along_k[1] == along_k[2]
+    same_stride_k = along_k[1] == along_k[2]
     up_first = tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
     scalars = M, N, K, *strides, m_bucket(M), layout, str(device), precision, same_stride_k, up_first
     # ptxas would rather spill a few registers than lose a resident program.

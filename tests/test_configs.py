@@ -35,7 +35,8 @@ TARGETS = {
     "gfx942": fts.Device(0, 304, 64 * 1024),  # MI300X
     "gfx950": fts.Device(0, 256, 160 * 1024),  # MI355X
 }
-STACK_WHERE_KEPT = 168  # bytes, at most: Triton 3.9 on sm_90
+# Bytes, at most: where gate and up are kept, and of float32 tiles on sm_90, whose best ones spill
+STACK_WHERE_KEPT, STACK_OF_FLOAT32 = 168, 248
 # To save time the other targets compile half of it, and those in OTHER_HALF what sm_80 and sm_100 leave out.
 IN_FULL, OTHER_HALF = ("sm_90", "sm_120", "gfx942"), ("sm_86", "sm_103")
 TRITON_3_5 = fts.triton.__version__.startswith("3.5.")
@@ -58,8 +59,16 @@ def config_id(value):
 
 def operands_of(device):
     """Each kind of numbers on a device, with each answer that tma_operands may give."""
-    kinds = [kind for kind in fts.CONFIGS if device.arch or kind != "tf32"]
-    return [(kind, "") for kind in kinds] + [("16-bit", tma) for tma in ("x", "xw") if 90 <= device.arch < 120]
+    return [(kind, "") for kind in fts.CONFIGS] + [("16-bit", tma) for tma in ("x", "xw") if 90 <= device.arch < 120]
+
+
+def layouts_of(kind, tma):
+    return {"32-bit, linear": ["linear"], "32-bit, row-major": ["row-major"]}.get(kind, LAYOUTS[: 1 + (tma != "xw")])
+
+
+def precisions_of(kind, tensor_cores):
+    """float32 by three products in tf32, and by one."""
+    return ("highest", "high") if kind != "16-bit" and tensor_cores else ("highest",)
 
 
 def chosen(device, kind, *tmas):
@@ -85,10 +94,14 @@ def expected_of(inputs, size):
     if size == "small" and inputs[0].element_size() == 2:
         inputs = [t.cpu() for t in inputs]
     x, w_gate, w_up = inputs
+    by_eager, wanted = torch_swiglu(*inputs), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # where memory is short, the reference is in float32
     y = reference(*inputs)
+    gate_up = torch.cat([x.to(y) @ w_gate.to(y), x.to(y) @ w_up.to(y)], dim=1)
+    torch.set_float32_matmul_precision(wanted)
     # Rounding both operands to tf32 costs about 4.2e-4, on both sides alike; cutting them off, 1.6e-3.
-    limit = max(1.05 * relative_error(torch_swiglu(*inputs), y), ROUNDING[x.dtype])
-    return (y, torch.cat([x.to(y) @ w_gate.to(y), x.to(y) @ w_up.to(y)], dim=1)), limit
+    limit = max(1.05 * relative_error(by_eager, y), ROUNDING[x.dtype])
+    return (y, gate_up), limit
 
 
 def assert_launches_right(launch, inputs, size):
@@ -117,20 +130,19 @@ def test_every_configuration(kind, config, layout, size, precision, monkeypatch)
     """One tile, ragged edges, many waves."""
     device = fts.device_limits(0 if GPU else None)
     block_m, block_n, block_k, tma = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA"))
-    if tma == "xw" and layout != "linear":
-        pytest.skip("the weights' descriptor takes nn.Linear weights only")
-    if kind == "tf32" and not GPU:
-        pytest.skip("the interpreter multiplies in full float32")
+    if layout not in layouts_of(kind, tma):
+        pytest.skip("for the other layout only")
     if (kind, tma) not in operands_of(device) or config not in chosen(device, kind, tma):
         pytest.skip("never chosen on this GPU")
-    precision("high" if kind == "tf32" else "highest")
     monkeypatch.setattr(fts, "usable_configs", lambda *_: [config])
     monkeypatch.setattr(fts, "gluon", None)  # the kernel for Hopper does not serve instead
     sizes = [(block_m, block_k, block_n), (block_m + 1, 2 * block_k + (16 if tma else 7), block_n + 7)]
     if size == "large":
         sizes = [(2048, 4096, 14336), (1037, 1096, 4104), (8192, 4096, 4096)] + [(517, 1031, 2063)] * (not tma)
     dtypes = DTYPES[2:] if kind != "16-bit" else DTYPES[:2] if GPU else DTYPES[1:2]  # its bf16 products are garbage
-    for (i, (M, K, N)), dtype in itertools.product(enumerate(sizes), dtypes):
+    precisions = precisions_of(kind, device.arch and GPU)  # the interpreter multiplies in full float32
+    for (i, (M, K, N)), dtype, wanted in itertools.product(enumerate(sizes), dtypes, precisions):
+        precision(wanted)
         x, *weights = make_inputs(M, K, N, dtype, layout, DEVICE)
         weights.sort(key=torch.Tensor.data_ptr, reverse=i % 2)  # either may come first in memory
         assert tma in fts.tma_operands(x, *weights, device)
@@ -233,10 +245,10 @@ def compile_everything(target):
         judge(name, what, fts._first_launch, what, fts._launch, x, *weights, y, gate_up, choice, **options)
 
     cases = [
-        (kind, layout, config)
+        (kind, layout, config, precision)
         for layout, (kind, tma) in itertools.product(LAYOUTS, operands_of(device))
-        for config in chosen(device, kind, tma)
-        if config.kwargs["TMA"] == tma and not (tma == "xw" and layout == "row-major")
+        for config, precision in itertools.product(chosen(device, kind, tma), precisions_of(kind, device.arch))
+        if config.kwargs["TMA"] == tma and layout in layouts_of(kind, tma)
     ]
     if device.arch == 90 and fts.gluon:
         for dtype, layout, keep in itertools.product(DTYPES[:2], LAYOUTS, (False, True)):
@@ -245,15 +257,17 @@ def compile_everything(target):
     for dtype in DTYPES:
         dy, gate_up = torch.empty(M, N, dtype=dtype), torch.empty(M, 2 * N, dtype=dtype)
         judge("swiglu_backward_kernel", dtype, fts._differentiate_activation, dy, gate_up, gate_up)
-    for kind, layout, config in cases:
+    for kind, layout, config, precision in cases:
         fts.usable_configs = lambda *_, config=config: [config]
-        torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+        torch.set_float32_matmul_precision(precision)
         half = (layout == "row-major") ^ (target in OTHER_HALF)
         for keep in (False, True) if target in IN_FULL else (half,):
             # Kept is ragged too. An epilogue that stores three tiles spills in some of them, once per tile.
             K = 1024 + keep * min(16, config.kwargs["BLOCK_K"] // 2)
-            dtype, allowed = DTYPES[0 if kind == "16-bit" else 2], STACK_WHERE_KEPT * keep
-            judge_forward("swiglu_kernel", config, dtype, layout, K, keep, fts.DEFAULT, allowed_stack=allowed)
+            wide, what = kind != "16-bit", f"{config} {precision}"
+            dtype = DTYPES[2 if wide else 0]
+            allowed = STACK_OF_FLOAT32 if wide and target == "sm_90" else STACK_WHERE_KEPT * keep
+            judge_forward("swiglu_kernel", what, dtype, layout, K, keep, fts.DEFAULT, allowed_stack=allowed)
     return lines
 
 
@@ -279,5 +293,5 @@ def test_compiles(compilations, target):
     """Every kernel that the launcher may ask for compiles, fits the shared memory and does not spill."""
     if target == "sm_103" and TRITON_3_5:
         pytest.skip("the ptxas of Triton 3.5 does not know sm_103")
-    assert len(compilations[target]) >= 16
+    assert len(compilations[target]) >= 15
     assert not [line for line in compilations[target] if line[1]]

@@ -126,9 +126,6 @@ def test_autocast_casts_a_parameter_once():
     with torch.autocast("cuda", torch.bfloat16):
         saved = saved_by(lambda: [fused_swiglu(x, *(p.t() for p in parameters)) for _ in range(8)])
         assert len({t.data_ptr() for t in saved if t.shape == (K, N)}) == 2
-        with torch.no_grad():
-            frozen = [p.t() for p in parameters]
-        assert not fused_swiglu(x.detach(), *frozen).requires_grad
         for run in (fused_swiglu, torch_swiglu):
             results += gradients(lambda *t, run=run: run(x, *(p.t() for p in t)), parameters, dy)
             views = [p.detach().t().requires_grad_() for p in parameters]
