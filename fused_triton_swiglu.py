@@ -723,7 +723,8 @@ def _backward(ctx, dy, *_):
     overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
     ctx.maybe_clear_saved_tensors()  # not where the graph is retained
     dispatched = _needs_dispatcher(dy, x if gate_up is None else gate_up)
-    dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy)  # with is_grads_batched=True
+    # With is_grads_batched=True, and for a dy that is a dual tensor
+    dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy) or torch.autograd.forward_ad._current_level >= 0
     if gate_up is None:
         gate_up = (swiglu_op if dispatched else _forward)(x, w_gate, w_up, True, ctx.choice)[1]
     M, N = gate_up.shape[0], dy.shape[-1]
@@ -783,7 +784,8 @@ class EagerSwiGLU(torch.autograd.Function):
     """For eager autograd, without the operator's layers, of which each takes host time."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, x, w_gate, w_up, cast, how):  # cast: all three as autocast wants them. Gradients are cast back
+        inputs = *cast, *how
         output = _forward(*inputs)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # which may hold what is saved
         _save_for_backward(ctx, inputs, output, overwrite=hooks is None)
@@ -818,14 +820,17 @@ def _(*_):
     raise NotImplementedError("fused_swiglu under torch.vmap: x takes any number of leading dimensions without it")
 
 
-def _autocast(t, dtype, by_itself):
+def _autocast(t, dtype, dispatched):
     """t in autocast's dtype, as F.linear has it. On a GPU einsum casts, a parameter once for all calls in a region."""
     if not t.is_floating_point() or t.dtype == torch.float64:
         return t
-    base = t._base if by_itself else None  # the parameter behind weight.t(), which autocast does not look for
-    if base is not None and base.dim() == 2 and base.is_leaf and not t.is_leaf and t.is_set_to(base.t()):
-        t = torch.einsum("nk->kn", base)
-    return (torch.einsum("...->...", t) if by_itself else t).to(dtype)
+    if dispatched:
+        return t.to(dtype)
+    parameter = t if t._base is None else t._base  # of weight.t(), behind which autocast does not look
+    if parameter.is_leaf and (t is parameter or (parameter.dim() == 2 and t.is_set_to(parameter.t()))):
+        cast = torch.einsum("...->...", parameter)
+        t = cast if t is parameter else cast.t()
+    return t.detach().to(dtype)
 
 
 def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invariant=False):
@@ -858,16 +863,17 @@ def fused_swiglu(x, w_gate, w_up, *, recompute=False, autotune=True, batch_invar
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
     dispatched, device = _needs_dispatcher(x, w_gate, w_up), x.device.type
+    cast = x, w_gate, w_up
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, w_gate, w_up = (_autocast(t, dtype, not dispatched) for t in (x, w_gate, w_up))
+        cast = tuple(_autocast(t, dtype, dispatched) for t in cast)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)
     # An exported program mostly serves inference, though its weights require grad (is_exporting() holds in compile too)
     keep = needs_grad and not (recompute or torch.compiler._is_exporting_flag or torch.jit.is_tracing())
     choice = ONE_FOR_ALL_M if batch_invariant else TUNED if autotune else DEFAULT
     if dispatched:
-        _check(x, w_gate, w_up)
-        return swiglu_op(x, w_gate, w_up, keep, choice)[0]
+        _check(*cast)
+        return swiglu_op(*cast, keep, choice)[0]
     if needs_grad or torch.autograd.forward_ad._current_level >= 0:
-        return EagerSwiGLU.apply(x, w_gate, w_up, keep, choice)
-    return _forward(x, w_gate, w_up, False, choice)[0]
+        return EagerSwiGLU.apply(x, w_gate, w_up, cast, (keep, choice))
+    return _forward(*cast, False, choice)[0]
