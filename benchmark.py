@@ -7,6 +7,7 @@ On a machine without a GPU the kernel is checked through Triton's interpreter, a
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import sys
@@ -305,6 +306,7 @@ def measure(M, K, N, args, ceilings, progress):
 def memory_of(run, leaves, dy):
     """MiB: at most during both passes beyond the leaves and dy, and kept between the two beyond the result as well."""
     torch.cuda.synchronize()
+    gc.collect()  # or tensors in cycles are counted, and may go meanwhile
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     y = run(leaves)

@@ -722,7 +722,7 @@ def _backward(ctx, dy, *_):
     # dgate and dup take the place of gate and up unless these may be wanted again.
     overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
     ctx.maybe_clear_saved_tensors()  # not where the graph is retained
-    dispatched = _needs_dispatcher(dy, x if gate_up is None else gate_up)
+    dispatched = _needs_dispatcher(dy, *((x, w_gate, w_up) if gate_up is None else (gate_up,)))
     # With is_grads_batched=True, and for a dy that is a dual tensor
     dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy) or torch.autograd.forward_ad._current_level >= 0
     if gate_up is None:

@@ -17,6 +17,7 @@ from fused_triton_swiglu import fused_swiglu
 # Names of an MLP's layers. Of gate_up_proj's rows (2N, K) the first half is gate_proj's, as in Phi-3 and GLM.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PACKED_PROJECTIONS = ("gate_up_proj", "down_proj")
+LINEAR_FORWARD = torch.nn.Linear.forward  # which other libraries replace
 
 
 class SwiGLUMLP(torch.nn.Module):
@@ -62,10 +63,11 @@ def _only_multiplies(layer):
     """Whether a layer multiplies by its weight and does nothing else, so that it need not be called."""
     if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in layer.__dict__:
         return False
-    if hasattr(layer.weight, "__tensor_flatten__") and not hasattr(layer.weight, "placements"):
-        return False  # a tensor subclass other than DTensor, such as a quantised weight
+    known = torch.nn.Parameter, torch.Tensor, torch._subclasses.FakeTensor  # and DTensor: no quantised weight
+    if type(layer.weight) not in known and not hasattr(layer.weight, "placements"):
+        return False
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    if torch.nn.modules.module._has_any_global_hook():
+    if torch.nn.Linear.forward is not LINEAR_FORWARD or torch.nn.modules.module._has_any_global_hook():
         return False
     # Tensor parallelism has hooks that spread x: see _of_this_rank, which does so.
     return all(str(h.__module__).startswith("torch.distributed.tensor") for kind in hooks for h in kind.values())
@@ -125,10 +127,13 @@ def _projections(module):
 
 def _check_mlp(path, mlp):
     """Raise if SwiGLUMLP would compute something else than this module does."""
-    for name, value in vars(mlp).items():
-        if name == "forward" or (name.endswith("_hooks") and value):
-            raise ValueError(f"{path} has its own {name.strip('_')}: call replace_mlps first")
     projections = _projections(mlp)
+    for module in (mlp, *(child for name, child in mlp.named_children() if name not in projections)):
+        for name, value in vars(module).items():
+            if name == "forward" or (name.endswith("_hooks") and value):
+                raise ValueError(
+                    f"{path} has {name.strip('_')} on its {type(module).__name__}: call replace_mlps first"
+                )
     for projection in projections:
         layer = getattr(mlp, projection)
         if type(layer) is not torch.nn.Linear or layer.bias is not None:
@@ -147,15 +152,17 @@ def _check_mlp(path, mlp):
         weights["gate_up_proj.weight"] = torch.cat([gate, up])
     else:
         weights |= {"gate_proj.weight": gate, "up_proj.weight": up}
-    training, why = mlp.training, None
+    expected, right, why = (silu(x @ gate.t()) * (x @ up.t())) @ down.t(), True, None
+    modes = {module: module.training for module in mlp.modules()}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # in training, where there may be dropout
-            y = torch.func.functional_call(mlp.train(), weights, x)
-        right = torch.allclose(y, (silu(x @ gate.t()) * (x @ up.t())) @ down.t())
+        for training, shape in ((True, (8, 8)), (False, (8, 8)), (True, (2, 4, 8))):  # there may be dropout
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                y = torch.func.functional_call(mlp.train(training), weights, x.view(shape))
+            right &= torch.allclose(y, expected.view(shape))
     except Exception as error:
         right, why = False, error
-    finally:
-        mlp.train(training)
+    for module, training in modes.items():
+        module.training = training
     if not right:
         formula = "down_proj(silu(gate) * up), gate being gate_proj(x) or the first half of gate_up_proj(x)"
         raise ValueError(f"{path} ({type(mlp).__name__}) computes another formula than {formula}") from why

@@ -233,7 +233,7 @@ EXPECTED = dict.fromkeys(["DDP", "FSDP2", "columns", "columns, compiled", "colum
     "rows of up_proj": "up_proj.weight has the placements (Shard(dim=1),): expected (Shard(dim=0),)",
     "as FSDP2 shards": "down_proj.weight has the placements (Shard(dim=0),): expected (Shard(dim=1),)",
     "gate_up_proj": "gate_up_proj.weight has the placements (Shard(dim=0),): expected None",
-    "FSDP2 too early": "0 has its own forward_hooks: call replace_mlps first",
+    "FSDP2 too early": "0 has forward_hooks on its FSDPMLP: call replace_mlps first",
 }
 
 

@@ -67,13 +67,15 @@ def test_forward_mode(way):
     assert_close([tangent], torch.autograd.grad(torch_swiglu(x, *weights), x, dy + 1))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("which", range(4))
-def test_negative_bit(which):
+def test_negative_bit(which, recompute):
     """Of x, a weight or the gradient of the result, as the imaginary part of a conjugated tensor has it."""
     *leaves, dy = *leaves_of(M, K, N), randn(M, N)
     odd = [torch._neg_view(-t) if i == which else t for i, t in enumerate((*leaves, dy))]
     assert odd[which].is_neg()
-    for run in (fused_swiglu, torch.compile(fused_swiglu, backend="aot_eager")):
+    eager = functools.partial(fused_swiglu, recompute=recompute)
+    for run in (eager, torch.compile(eager, backend="aot_eager")):
         assert_close([run(*odd[:3]).detach()], [torch_swiglu(*leaves).detach()])
         assert_close(torch.autograd.grad(run(*odd[:3]), leaves, odd[3]), gradients(torch_swiglu, leaves, dy))
 
@@ -225,6 +227,9 @@ def test_what_looks_like_an_mlp():
     refused(llama_mlp(act=activation), r" has act_fn\.beta")
     refused(llama_mlp(dropout=0.5).eval(), " computes another formula")
     refused(llama_mlp(limit=50), " computes another formula")
+    for changed in (lambda mlp, y: y if mlp.training else 2 * y, lambda mlp, y: y if y.dim() == 2 else 2 * y):
+        wrong = type("Odd", (MLP,), {"forward": lambda self, x, f=changed: f(self, MLP.forward(self, x))})
+        refused(wrong("gate_proj", "up_proj", "down_proj"), " computes another formula")
 
 
 CHANGES = {
@@ -255,7 +260,7 @@ def test_changed_layers(change, make):
 
 
 class Quantised(torch.Tensor):
-    __tensor_flatten__ = None  # what a tensor subclass has that is not as long as it looks
+    pass
 
 
 def test_layers_with_global_hooks_and_quantised_weights_are_called(monkeypatch):
@@ -266,6 +271,9 @@ def test_layers_with_global_hooks_and_quantised_weights_are_called(monkeypatch):
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     mlp(randn(M, K))
     handle.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", lambda layer, x: torch.nn.functional.linear(x, 2 * layer.weight))
+        assert mlp(randn(M, K)).shape == (M, K)
     mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.detach().as_subclass(Quantised))
     assert mlp(randn(M, K)).shape == (M, K) and len(calls) == 1
 
@@ -274,9 +282,11 @@ def test_what_hangs_on_the_replaced_module():
     """Refused where it would be lost, or it is still there."""
     hook, forward = llama_mlp(), llama_mlp()
     hook.register_forward_hook(lambda *_: None)
-    refused(hook, " has its own forward_hooks: call replace_mlps first")
+    refused(hook, " has forward_hooks on its MLP: call replace_mlps first")
+    (activation := torch.nn.SiLU()).register_forward_hook(lambda *_: None)
+    refused(llama_mlp(act=activation), " has forward_hooks on its SiLU")
     forward.forward = lambda x: x
-    refused(forward, " has its own forward: call replace_mlps first")
+    refused(forward, " has forward on its MLP: call replace_mlps first")
     calls, x = [], randn(5, 4).requires_grad_()
     model = torch.nn.Sequential(checkpoint_wrapper(llama_mlp().to(DEVICE)))
     model[0].register_forward_hook(lambda *_: calls.append(1))
