@@ -113,7 +113,7 @@ def test_special_values(dtype, layout, M):
 A, B = torch.zeros(4, 8), torch.zeros(8, 6)
 BAD_INPUT = [
     ((A.tolist(), B, B), TypeError, "x is a list: expected a torch.Tensor"),
-    ((A.int(), B, B), TypeError, "x is torch.int32: expected torch.bfloat16, torch.float16 or torch.float32"),
+    ((A.int(), B, B), TypeError, "x is torch.int32: expected one of (torch.bfloat16, torch.float16, torch.float32,"),
     ((A.double(), B, B), TypeError, "x is torch.float64: expected"),
     ((A, B.half(), B), TypeError, "w_gate is torch.float16, but x is torch.float32: all three must have one dtype"),
     ((A, B, B.half()), TypeError, "w_up is torch.float16, but x is torch.float32"),

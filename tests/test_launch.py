@@ -71,7 +71,7 @@ def test_launch_key_tells_apart():
     unaligned = torch.empty(x.numel() + 1, device=DEVICE)[1:].view(x.shape)
 
     def key(x=x, w_gate=w_gate, w_up=w_up, keep=False, choice=fts.TUNED):
-        return fts._launch_key(x, w_gate, w_up, keep, choice)
+        return fts._launch_key(x, w_gate, w_up, keep, choice, *fts.NOT_FLOAT8)
 
     keys = [key(t) for t in (x, unaligned, x[:1], x[None], x.t().contiguous().t())]
     keys += [key(w_up=t) for t in (w_gate, w_up.contiguous(), w_up.double(), w_up.to("meta"))]

@@ -32,7 +32,7 @@ MUTANTS = {
     "columns not masked when stored": (" & (offs_n < N)[None, :]", ""),
     "gate and up exchanged": ("gate, up = tl.split(", "up, gate = tl.split("),
     "gate kept in place of up": ("tl.store(gate_ptrs + N, up.to", "tl.store(gate_ptrs + N, gate.to"),
-    "one stride for both weights": ("if not SAME_STRIDE_K:", "if False:"),
+    "one stride for both weights": ("SAME_STRIDE_K else tl.where(is_up, stride_uk, stride_gk)", "True else 0"),
     "rounded before SiLU": ("y = silu_mul(gate, up)", "y = silu_mul(gate.to(tl.float16).to(tl.float32), up)"),
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
     "a wrong derivative": ("dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))", "dgate = dy * up * sigmoid"),
@@ -44,7 +44,7 @@ MUTANTS = {
 HOPPER_MUTANTS = {
     "x from the next K tile": ("tma_load(x_desc, [off_m, k]", "tma_load(x_desc, [off_m, k + BOX]"),
     "w_gate in place of w_up": ("tma_load(w_up_desc, where", "tma_load(w_gate_desc, where"),
-    "a half of the last wave left out": ("gl.program_id(0), 2 * tiles", "gl.program_id(0), 2 * tiles - 1"),
+    "a half of the last wave left out": ("if PARTS == 1 else 2 * tiles", "if PARTS == 1 else 2 * tiles - 1"),
     "the left half of a tile twice": ("pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)", "pid_n * TILE_N"),
     "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
     "both consumers store the same rows": ("(off_m + CONSUMER * ROWS, off_n", "(off_m, off_n"),
