@@ -598,7 +598,7 @@ def _launch_key(x, w_gate, w_up, keep, choice, *of_float8):
         x.data_ptr() % 16, w_gate.data_ptr() % 16, w_up.data_ptr() % 16,
         0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice,
         x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # by all of PyTorch's settings
-        *((t.stride(0), t.data_ptr() % 16) if isinstance(t, torch.Tensor) else t for t in of_float8),
+        of_float8[3], *((t.stride(0), t.data_ptr() % 16) for t in (() if of_float8[0] is None else of_float8[:3])),
     )  # fmt: skip
 
 

@@ -212,6 +212,8 @@ def test_where_the_hopper_kernel_applies(monkeypatch):
         assert fts.hopper_layout(rows, *weights, TARGETS["sm_90"]) == (layout if layout == any_m else None), i
         for m in (1, 129, len(rows)):
             assert fts.hopper_layout(rows[:m], *weights, TARGETS["sm_90"], any_m=True) == any_m, (i, m)
+    column, row = torch.empty(M, 16, dtype=fts.FLOAT8)[:, :1], torch.empty(1, 8192, dtype=fts.FLOAT8)
+    assert fts.hopper_layout(column, row, row, TARGETS["sm_90"]) is None  # K is 1, so that weights lie both ways
     for target in ("sm_80", "sm_100", "gfx942"):
         assert fts.hopper_layout(x, w_gate, w_up, TARGETS[target], any_m=True) is None
 

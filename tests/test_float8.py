@@ -33,7 +33,7 @@ def operands(M, K, N, recipe="rows"):
     if recipe == "numbers":
         x_scale, gate_scale, up_scale = (s.mean() for s in (x_scale, gate_scale, up_scale))
     if recipe == "mixed":
-        x_scale, gate_scale = x_scale.mean().view(1, 1), gate_scale[None]
+        x_scale, gate_scale, up_scale = x_scale.mean().view(1, 1), gate_scale[None], up_scale.mean()
     return (x, gate.t(), up.t()), (x_scale, gate_scale, up_scale)
 
 

@@ -32,9 +32,6 @@ def assert_close(results, expected):
         assert result.dtype == right.dtype and relative_error(result, right.double()) <= ROUNDING[torch.float32]
 
 
-# ---- fused_swiglu ----
-
-
 def counted(*inputs):
     with FlopCounterMode(display=False):
         return fused_swiglu(*inputs)
@@ -123,18 +120,13 @@ def test_batched_gradients(recompute):
     assert_close(*([jacobian(lambda x, run=run: run(x, *weights))] for run in (fused_swiglu, torch_swiglu)))
 
 
-def with_hook(t):
-    t.register_hook(lambda grad: 2 * grad)
-    return t
-
-
 def test_autocast():
     """As F.linear: a parameter is cast once in a region, and the gradient goes the way of the tensor that was given."""
     leaves = randn(1, M, K), randn(N, K), randn(N, K), randn(2, N, K)
     x, a, b, stacked = (t.requires_grad_() for t in leaves)
     ways = [
         lambda swiglu: swiglu(x, a.t(), b.t()),
-        lambda swiglu: swiglu(x, with_hook(a.t()), b.t()),
+        lambda swiglu: swiglu(x, (t := a.t()).register_hook(lambda grad: 2 * grad) and t, b.t()),
         lambda swiglu: swiglu(x.view(M, K), *(w.t() for w in stacked)),
     ]
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -259,10 +251,6 @@ def test_changed_layers(change, make):
         assert_close(both_passes(run, x, dy), both_passes(exact, x, dy))
 
 
-class Quantised(torch.Tensor):
-    pass
-
-
 def test_layers_with_global_hooks_and_quantised_weights_are_called(monkeypatch):
     mlp, calls = SwiGLUMLP(K, N, device=DEVICE), []
     monkeypatch.setattr("swiglu_mlp.fused_swiglu", lambda *_, **__: calls.append(1))
@@ -274,7 +262,8 @@ def test_layers_with_global_hooks_and_quantised_weights_are_called(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Linear, "forward", lambda layer, x: torch.nn.functional.linear(x, 2 * layer.weight))
         assert mlp(randn(M, K)).shape == (M, K)
-    mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.detach().as_subclass(Quantised))
+    quantised = type("Quantised", (torch.Tensor,), {})
+    mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.detach().as_subclass(quantised))
     assert mlp(randn(M, K)).shape == (M, K) and len(calls) == 1
 
 
@@ -296,12 +285,10 @@ def test_what_hangs_on_the_replaced_module():
     assert not any(t.shape == (5, 8) for t in saved_by(lambda: model(x)))  # it is still checkpointed
 
 
-def compile_itself(mlp):
-    mlp.compile(backend="aot_eager")
-    return mlp
+COMPILE = [lambda mlp: torch.compile(mlp, backend="aot_eager"), lambda mlp: mlp.compile(backend="aot_eager") or mlp]
 
 
-@pytest.mark.parametrize("compile", [lambda mlp: torch.compile(mlp, backend="aot_eager"), compile_itself])
+@pytest.mark.parametrize("compile", COMPILE)
 def test_called_again_shared_and_compiled(compile, monkeypatch):
     mlp, x, calls = llama_mlp().to(DEVICE), randn(5, 4), []
     model = torch.nn.ModuleDict({"a": mlp, "b": torch.nn.Sequential(mlp), "c": compile(mlp)})
