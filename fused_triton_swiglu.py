@@ -432,8 +432,8 @@ if gluon:
         """As swiglu_kernel. Weights lie (N, K) in memory, with ROW_MAJOR (K, N). gate_desc and up_desc may be None.
 
         One warp loads, two consumers of four warps compute. No barrier joins them, so that one keeps the tensor cores
-        busy while the other is in its epilogue: 705 -> 676 us at M = 2048 against one consumer of eight warps. In float8,
-        M = 512, it takes 96 us where swiglu_kernel takes 109 (H200).
+        busy while the other is in its epilogue: 705 -> 676 us at M = 2048 against one consumer of eight warps. In
+        float8, M = 512, it takes 96 us where swiglu_kernel takes 109 (H200).
         """
         loaded, sizes = (x_desc, w_gate_desc, w_up_desc), (M, N, K)
         scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
