@@ -915,7 +915,7 @@ def fused_swiglu(
         that are required are computed, the weights' lie in memory as both weights do. torch.autocast casts as for
         F.linear, but no x in float8. That has no gradients, and Hopper's tensor cores add its products with fewer bits
         than float32 has, as for torch._scaled_mm(use_fast_accum=True): errors of 4.8e-3 to 5.8e-3 at K = 14336, the
-        naive form's being 3.8e-3 to 5.7e-3.
+        naive form's being 3.8e-3 to 5.7e-3 (H200).
 
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.
