@@ -9,15 +9,16 @@ def torch_swiglu(x, w_gate, w_up):
     return F.silu(x @ w_gate) * (x @ w_up)
 
 
-def torch_swiglu_float8(x, w_gate, w_up, scales):
-    """The same in float8_e4m3fn, result in bfloat16: x (M, K), weights (K, N) that lie (N, K) in memory.
+def scaled_mm(x, w, x_scale, w_scale):
+    """x (M, K) @ w (K, N) in float8_e4m3fn, w lying (N, K) in memory, times their scales; result in bfloat16.
 
-    scales: float32 tensors for x, w_gate, w_up: each one number, or (M, 1) for x and (N,) for both weights.
+    Scales are float32 tensors: each is one number, or x_scale is (M, 1) and w_scale (1, N).
     """
-    x_scale, gate_scale, up_scale = scales
+    if not x.is_cuda:  # PyTorch 2.9 takes no scales of rows there
+        return (x.float() @ w.float() * x_scale * w_scale).bfloat16()
+    return torch._scaled_mm(x, w, x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    def scaled_mm(w, scale):
-        scale = scale if scale.numel() == 1 else scale.view(1, -1)
-        return torch._scaled_mm(x, w, x_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return F.silu(scaled_mm(w_gate, gate_scale)) * scaled_mm(w_up, up_scale)
+def torch_swiglu_float8(x, w_gate, w_up, x_scale, gate_scale, up_scale):
+    """torch_swiglu in float8: operands and scales as scaled_mm takes them."""
+    return F.silu(scaled_mm(x, w_gate, x_scale, gate_scale)) * scaled_mm(x, w_up, x_scale, up_scale)

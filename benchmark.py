@@ -7,6 +7,7 @@ On a machine without a GPU the kernel is checked through Triton's interpreter, a
 
 import argparse
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from baseline_torch_swiglu import torch_swiglu
+from baseline_torch_swiglu import scaled_mm, torch_swiglu, torch_swiglu_float8
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read while Triton and the kernel are imported, below
@@ -43,7 +44,8 @@ MODELS = {  # K (hidden size), N (intermediate size)
     "tinyllama-1.1b": (2048, 5632),
     "small": (1024, 4096),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOAT8 = torch.float8_e4m3fn
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float8_e4m3fn": FLOAT8}
 LAYOUTS = ("linear", "row-major")
 PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "packed matmul only")
 BACKWARD_PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "fused, recomputing")
@@ -65,9 +67,10 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 2**-7, "atol": 1e-4},
     torch.float16: {"rtol": 2**-10, "atol": 1e-4},
     torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+    FLOAT8: {"rtol": 2**-6, "atol": 4e-2},  # Hopper's tensor cores add its products with few bits
 }
-# What one rounding to the dtype costs at most, norm over norm; for float32, what a sum over K = 4096 costs.
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 3e-6}
+# What one rounding to the result's dtype costs at most, norm over norm; for float32, what a sum over K = 4096 costs.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 3e-6, FLOAT8: 2**-8}
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
 ROUNDS = 5
 ROTATION_BYTES = 2**30  # of weights: many times any L2 cache
@@ -85,31 +88,32 @@ def make_inputs(M, K, N, dtype, layout, device):
     return x.to(dtype), *weights
 
 
+def quantised(*inputs):
+    """x and weights in float8, strides kept, and their scales, (M, 1) and (1, N): one for each row, or column."""
+    scales = [t.abs().amax(dim=dim, keepdim=True) / 448 for t, dim in zip(inputs, (1, 0, 0), strict=True)]
+    return [(t / scale).to(FLOAT8) for t, scale in zip(inputs, scales, strict=True)], scales
+
+
 def make_dy(M, N, dtype, device):
     """A gradient of the result, of order one."""
     generator = torch.Generator(device).manual_seed(M + N)
     return torch.randn(M, N, generator=generator, device=device).to(dtype)
 
 
-def reference(x, w_gate, w_up, dy=None):
-    """The result in float64, or in float32 where float64 does not fit into the GPU's memory.
-
-    With dy, the gradient of the result, also the gradients of the three inputs.
-    """
+def reference(x, w_gate, w_up, dy=None, scales=()):
+    """The result in float64, or float32 where memory is short. With dy, its gradient, also the inputs' gradients."""
     dtype = torch.float64
     if x.is_cuda:
         elements = x.numel() + 2 * w_gate.numel() + 5 * x.shape[0] * w_gate.shape[1]
         if (8 if dy is None else 24) * elements > torch.cuda.mem_get_info(x.device)[0]:
             dtype = torch.float32
-    leaves = [t.detach().to(dtype).requires_grad_(dy is not None) for t in (x, w_gate, w_up)]
+    scaled = (t.detach().to(dtype) * scale for t, scale in zip((x, w_gate, w_up), scales or (1, 1, 1), strict=True))
+    leaves = [t.requires_grad_(dy is not None) for t in scaled]
     return differentiated(lambda leaves: torch_swiglu(*leaves), None if dy is None else dy.to(dtype))(leaves)
 
 
 def differentiated(run, dy):
-    """`run`, a function of several leaves, and its backward pass: a function of the same. Without dy `run` itself.
-
-    It returns the result and the gradient of each leaf that requires one, None if the result does not depend on it.
-    """
+    """`run` of leaves, or with dy both its passes: the result, and a gradient or None for each leaf that wants one."""
 
     def both_passes(leaves):
         y = run(leaves)
@@ -143,16 +147,16 @@ def relative_errors(results, expected):
     return [relative_error(*pair) for pair in zip((y, dx, dw_gate, dw_up), expected, strict=True)]
 
 
-def check(run, expected, eager_errors=None):
-    """Whether `run()` is right, and its relative errors. Those of gradients are judged by eager PyTorch's."""
+def check(run, expected, dtype, eager_errors=None):
+    """Whether `run()` on operands of this dtype is right, and its relative errors. Gradients' are judged by eager's."""
     run()  # tuning runs every configuration over one output: only the call after it shows what is unwritten
     with nan_in_new_memory():
         results = run()
     errors = relative_errors(results, expected)
     y, expected_y = (results, expected) if len(errors) == 1 else (results[0], expected[0])
-    correct = torch.allclose(y.to(expected_y.dtype), expected_y, **TOLERANCES[y.dtype])
+    correct = torch.allclose(y.to(expected_y.dtype), expected_y, **TOLERANCES[dtype])
     for error, eager_error in zip(errors[1:], (eager_errors or [])[1:], strict=True):
-        correct &= error <= gradient_limit(y.dtype, eager_error)
+        correct &= error <= gradient_limit(dtype, eager_error)
     return correct, errors
 
 
@@ -161,15 +165,14 @@ def gradient_limit(dtype, eager_error):
     return max(1.05 * eager_error, 2 * ROUNDING[dtype])
 
 
-def check_contenders(contenders, operands, dy, where):
+def check_contenders(contenders, operands, dy, scales, where):
     """Whether the fused kernels are right, and each contender's relative errors. A peer that fails is left out."""
-    correct, errors = True, {}
-    expected = reference(*operands[:3], dy)
+    correct, errors, dtype = True, {}, operands.x.dtype
+    expected = reference(*operands[:3], dy, scales)
     for name, run in contenders.items():
         if name.startswith("fused"):
-            right, errors[name] = check(lambda run=run: run(operands), expected, errors["torch"])
+            right, errors[name] = check(lambda run=run: run(operands), expected, dtype, errors["torch"])
             correct &= right
-            dtype = operands.x.dtype
             verdict = "" if right else f"WRONG, beyond {TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error: "
             pairs = zip(("y", "dx", "dw_gate", "dw_up"), errors[name], errors["torch"], strict=False)
             pairs = ", ".join(f"{of} {error:.1e} ({eager_error:.1e})" for of, error, eager_error in pairs)
@@ -190,34 +193,39 @@ Operands = namedtuple("Operands", ["x", "w_gate", "w_up", "w_packed", "w_interle
 
 
 def make_operands(M, K, N, args):
-    """Operands, and where the backward pass is timed as well the gradient of the result, else None."""
+    """Operands; the gradient of the result if the backward pass is timed as well, else None; scales in float8."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype]
-    x, w_gate, w_up = make_inputs(M, K, N, dtype, args.layout, device)
+    inputs = make_inputs(M, K, N, torch.float32 if dtype == FLOAT8 else dtype, args.layout, device)
+    (x, w_gate, w_up), scales = quantised(*inputs) if dtype == FLOAT8 else (inputs, ())
     gate_t, up_t = w_gate.t(), w_up.t()
     w_packed = torch.cat([gate_t, up_t]).t() if args.layout == "linear" else torch.cat([w_gate, w_up], dim=1)
     interleaved = "quack-kernels" in args.providers
     w_interleaved = torch.stack([gate_t, up_t], dim=1).flatten(0, 1) if interleaved else x.new_empty(0)
     leaves = [t.requires_grad_(args.backward) for t in (x, w_gate, w_up, w_packed, w_interleaved)]
-    return Operands(*leaves), make_dy(M, N, dtype, device) if args.backward else None
+    return Operands(*leaves), make_dy(M, N, dtype, device) if args.backward else None, scales
 
 
-def make_contenders(names):
+def make_contenders(names, scales):
     """name -> function of Operands. Peers import their package when they are called."""
+    naive, matmul, fused, packed_scales = torch_swiglu, torch.matmul, fused_swiglu, ()
+    if scales:
+        naive, matmul, fused = torch_swiglu_float8, scaled_mm, functools.partial(fused_swiglu, scales=scales)
+        packed_scales = scales[0], torch.cat(scales[1:], dim=1)
 
-    def packed_swiglu(x, w_packed):
-        gate, up = (x @ w_packed).chunk(2, dim=-1)
+    def packed_swiglu(x, w_packed, *packed_scales):
+        gate, up = matmul(x, w_packed, *packed_scales).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     torch.compiler.reset()  # each shape is compiled for itself: PyTorch gives up after eight on one function
-    compiled, packed_compiled = (torch.compile(run, dynamic=False) for run in (torch_swiglu, packed_swiglu))
+    compiled, packed_compiled = (torch.compile(run, dynamic=False) for run in (naive, packed_swiglu))
     contenders = {
-        "torch": lambda o: torch_swiglu(o.x, o.w_gate, o.w_up),
-        "torch.compile": lambda o: compiled(o.x, o.w_gate, o.w_up),
-        "packed torch.compile": lambda o: packed_compiled(o.x, o.w_packed),
-        "fused": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up),
-        "fused, recomputing": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up, recompute=True),
-        "fused, batch-invariant": lambda o: fused_swiglu(o.x, o.w_gate, o.w_up, batch_invariant=True),
-        "packed matmul only": lambda o: o.x @ o.w_packed,
+        "torch": lambda o: naive(o.x, o.w_gate, o.w_up, *scales),
+        "torch.compile": lambda o: compiled(o.x, o.w_gate, o.w_up, *scales),
+        "packed torch.compile": lambda o: packed_compiled(o.x, o.w_packed, *packed_scales),
+        "fused": lambda o: fused(o.x, o.w_gate, o.w_up),
+        "fused, recomputing": lambda o: fused(o.x, o.w_gate, o.w_up, recompute=True),
+        "fused, batch-invariant": lambda o: fused(o.x, o.w_gate, o.w_up, batch_invariant=True),
+        "packed matmul only": lambda o: matmul(o.x, o.w_packed, *packed_scales),
         "liger-kernel": lambda o: import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply(
             o.x @ o.w_gate, o.x @ o.w_up
         ),
@@ -241,14 +249,15 @@ def measure_ceilings(dtype):
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source))
-    size = 8192 if dtype.itemsize == 2 else 4096
+    size = 4096 if dtype.itemsize == 4 else 8192
     a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    rate = 2 * size**3 / fastest(lambda: a @ b)
+    one = torch.ones((), device="cuda")
+    rate = 2 * size**3 / fastest(lambda: scaled_mm(a, b.t(), one, one) if dtype == FLOAT8 else a @ b)
     return bandwidth, rate
 
 
 def other_users():
-    """Print what else uses this GPU. To be called before this process does."""
+    """Print what else uses this GPU, before this process does."""
     try:
         busy, taken = torch.cuda.utilization(0), torch.cuda.device_memory_used(0) / 2**30  # 0: or CUDA would start
     except Exception as error:  # no nvidia-ml-py, or a driver that does not say, in NVML's own errors
@@ -268,10 +277,10 @@ def write_csv(rows, path):
 
 def measure(M, K, N, args, ceilings, progress):
     """Rows of the table for one M, or None if the fused kernel is wrong there."""
-    first, dy = make_operands(M, K, N, args)
-    forward = make_contenders(args.providers)
+    first, dy, scales = make_operands(M, K, N, args)
+    forward = make_contenders(args.providers, scales)
     contenders = {name: differentiated(run, dy) for name, run in forward.items()}
-    correct, errors = check_contenders(contenders, first, dy, f"M = {M:5}")
+    correct, errors = check_contenders(contenders, first, dy, scales, f"M = {M:5}")
     if not correct:
         return None
     contenders = {name: run for name, run in contenders.items() if name in errors or name == "packed matmul only"}
@@ -280,7 +289,7 @@ def measure(M, K, N, args, ceilings, progress):
     operands = [first]
     if args.rotate_weights:
         sets = max(2, math.ceil(ROTATION_BYTES / (first.w_gate.nbytes + first.w_up.nbytes)))
-        operands += [Operands(first.x, *(w * 1 for w in first[1:])) for _ in range(sets - 1)]  # * 1 keeps the layout
+        operands += [Operands(first.x, *map(torch.clone, first[1:])) for _ in range(sets - 1)]
     times = {name: [] for name in contenders}
     for i in range(ROUNDS):  # in turn, so that a drifting clock hits all of them alike, and each after another one
         for name in [*contenders][i:] + [*contenders][:i]:
@@ -290,7 +299,8 @@ def measure(M, K, N, args, ceilings, progress):
 
     bandwidth, rate = ceilings
     flops = 4 * M * N * K * (1 + 2 * args.backward)
-    least_bytes = first.x.element_size() * (M * K + 2 * K * N + M * N) * (1 + args.backward)
+    result_bytes = M * N * max(first.x.element_size(), 2)
+    least_bytes = (first.x.nbytes + first.w_gate.nbytes + first.w_up.nbytes + result_bytes) * (1 + args.backward)
     floor = max(least_bytes / bandwidth, flops / rate)
     rows = summarize(times, M, K, N, args)
     for row in rows:
@@ -335,9 +345,9 @@ def summarize(times, M, K, N, args):
 
 def measure_host_cost(args):
     """Rows of the table: how long a call keeps the CPU busy, thousands of calls without a synchronisation."""
-    operands, dy = make_operands(*HOST_SHAPE, args)
-    contenders = make_contenders([name for name in args.providers if name in ("torch", "torch.compile", "fused")])
-    times = {name: [] for name in contenders}
+    operands, dy, scales = make_operands(*HOST_SHAPE, args)
+    names = [name for name in ("torch", "torch.compile", "fused") if name in args.providers]
+    contenders, times = make_contenders(names, scales), {name: [] for name in names}
     for _ in range(ROUNDS):
         for name, forward in contenders.items():
             run = differentiated(forward, dy)
@@ -388,15 +398,16 @@ def run_on_gpu(args):
 def run_interpreted(args):
     print("No GPU found: checking the kernel through Triton's interpreter, in all dtypes and layouts.")
     print("The shapes are small and fixed there: of the options only --backward and --output-dir matter.\n")
-    contenders = make_contenders(["torch", "fused"] + ["fused, recomputing"] * args.backward)
     rows, status = [], 0
-    cases = [*product(DTYPES, LAYOUTS, INTERPRETED_SHAPES)]
+    cases = [*product([*DTYPES][:3], LAYOUTS, INTERPRETED_SHAPES)]
+    cases += [("float8_e4m3fn", "linear", shape) for shape in INTERPRETED_SHAPES if not args.backward]
     for dtype, layout, (M, K, N) in tqdm(cases, unit="case", leave=False, dynamic_ncols=True, disable=None):
         args.dtype, args.layout = dtype, layout
-        operands, dy = make_operands(M, K, N, args)
+        operands, dy, scales = make_operands(M, K, N, args)
+        contenders = make_contenders(["torch", "fused"] + ["fused, recomputing"] * args.backward, scales)
         both = {name: differentiated(run, dy) for name, run in contenders.items()}
-        where = f"{dtype:9} {layout:10} M = {M:3}  K = {K:3}  N = {N:3}"
-        correct, errors = check_contenders(both, operands, dy, where)
+        where = f"{dtype:13} {layout:10} M = {M:3}  K = {K:3}  N = {N:3}"
+        correct, errors = check_contenders(both, operands, dy, scales, where)
         status |= not correct
         case = {"gpu": "none (Triton interpreter)", "torch": torch.__version__, "triton": triton.__version__}
         case |= {"dtype": dtype, "layout": layout, "M": M, "K": K, "N": N}
@@ -488,14 +499,10 @@ def parse_args(argv=None):
     add("--model", choices=MODELS, metavar="NAME", help=f"K and N of a model: {MODELS}")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of x, the weights and the result (bfloat16)")
     add("--layout", choices=LAYOUTS, default="linear", help="linear: (N, K) in memory (nn.Linear); row-major: (K, N)")
-    providers = (
-        f"contenders, from: {', '.join(map(repr, EVERY_PROVIDER))}, or all (torch is always there; "
-        f"{', '.join(ON_REQUEST)} only if named, or with all; so are {', '.join(PEERS)}, where installed)"
-    )
+    providers = f"contenders, of {EVERY_PROVIDER}, or all. torch is always there, {ON_REQUEST + PEERS} if asked for"
     add("--providers", choices=(*EVERY_PROVIDER, "all"), nargs="+", default=(), metavar="P", help=providers)
     add("--backward", action="store_true", help="time both passes together, and measure the memory they take")
-    rotate = "several sets of weights in turn inside a CUDA graph, as in a model, instead of a flushed cache"
-    add("--rotate-weights", action="store_true", help=rotate)
+    add("--rotate-weights", action="store_true", help="weights in turn inside a CUDA graph, as in a model, no flush")
     add("--output-dir", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
     add("--plot", type=Path, metavar="CSV", help="only draw a CSV of an earlier run again")
     args = parser.parse_args(argv)
@@ -506,9 +513,11 @@ def parse_args(argv=None):
     args.m = sorted(set(args.m))
     if args.backward and args.rotate_weights:
         parser.error("--backward and --rotate-weights exclude each other")
+    if DTYPES[args.dtype] == FLOAT8 and (args.backward or args.layout != "linear" or args.k % 16 or args.n % 16):
+        parser.error(f"--dtype {args.dtype} has no --backward, no --layout but linear, no K and N but in steps of 16")
     possible = (BACKWARD_PROVIDERS if args.backward else PROVIDERS + ON_REQUEST) + PEERS
     if wrong := {*args.providers} - {*possible, "all"}:
-        parser.error(f"--providers {' '.join(sorted(wrong))}: not {'with' if args.backward else 'without'} --backward")
+        parser.error(f"--providers {' '.join(sorted(wrong))}: with these options expected some of {possible}")
     chosen = {"torch", *(args.providers or PROVIDERS + BACKWARD_PROVIDERS)}
     args.providers = [name for name in possible if name in chosen or "all" in chosen]
     if args.plot:

@@ -7,11 +7,10 @@
 A case is drawn from its number: sizes with a liking for tile edges, dtypes, strides, offsets, leading dimensions, what
 is kept. Every tensor, inputs and what the kernels fill, lies between guards of NaN, and so do the gaps that strides
 leave: a guard that is read spoils the result, one that is written is seen. The first case that is wrong ends the run,
-with the line that runs it again. Without a GPU: Triton's interpreter, on smaller sizes.
+with the line that runs it again. float8 has no backward pass. Without a GPU: Triton's interpreter, on smaller sizes.
 
-Gradients are cuBLAS's products, and version 13.1 leaves out the end of the sum in some small ones of 16-bit numbers
-(M = 2561, K = 2824, N = 8). Where torch.mm does so with operands that no kernel of ours has touched, the case counts
-under `cublas_faults`.
+Gradients are cuBLAS's products. Version 13.1 leaves out the end of the sum in some small ones of 16-bit numbers (M =
+2561, K = 2824, N = 8): where torch.mm does so without any kernel of ours, the case counts under `cublas_faults`.
 """
 
 import argparse
@@ -41,8 +40,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 2**15  # elements on either side of a tensor, which stays aligned for TMA; in the interpreter more than a tile
 # What rounding operands to tf32 costs where there are few of them; else it is 4.2e-4, and other tests want that.
 TF32_ERROR = 2.5e-3
-# x is (blocks, M // blocks, K); x, w_gate, w_up and dy name strides; precision is that of float32 products
-Case = namedtuple("Case", "number M K N dtype x w_gate w_up dy blocks precision choice recompute")
+# x is (blocks, M // blocks, K); x, w_gate, w_up and dy name strides; precision: of float32 products; scales: of float8
+Case = namedtuple("Case", "number M K N dtype x w_gate w_up dy blocks precision choice recompute scales")
 
 STRIDES = "contiguous", "transposed", "padded", "transposed, padded", "steps", "offset"
 
@@ -74,7 +73,11 @@ def draw(number):
     precision = rng.choice(("highest", "high"))
     # Tuning takes a second and a half: seldom
     choice = rng.choices((fts.DEFAULT, fts.ONE_FOR_ALL_M, fts.TUNED), (300, 60, 1))[0]
-    return Case(number, M, K, N, dtype, x, w_gate, w_up, dy, blocks, precision, choice, rng.random() < 0.3)
+    recompute, scales = rng.random() < 0.3, None
+    if rng.random() < 0.2:
+        dtype, K, scales = "float8_e4m3fn", -(-K // 16) * 16 if plain else K, rng.choice((None, "numbers", "rows"))
+        w_gate, w_up = (rng.choice(("transposed", "transposed, padded")) for _ in range(2))
+    return Case(number, M, K, N, dtype, x, w_gate, w_up, dy, blocks, precision, choice, recompute, scales)
 
 
 class Guards:
@@ -128,12 +131,10 @@ def gradients_by_mm(x, w_gate, w_up, dy):
     rows, N = x.reshape(-1, x.shape[-1]), w_gate.shape[1]
     gate, up = ((rows.double() @ w.double()).to(x.dtype).float().requires_grad_() for w in (w_gate, w_up))
     halves = torch.autograd.grad(torch.nn.functional.silu(gate) * up, (gate, up), dy.reshape(-1, N).float())
-    d = torch.cat(halves, dim=1).to(x.dtype)
-    dgate, dup = d[:, :N], d[:, N:]
+    dgate, dup = (d := torch.cat(halves, dim=1).to(x.dtype)).chunk(2, dim=1)
     dx = torch.mm(dgate, w_gate.t()).addmm_(dup, w_up.t()).view(x.shape)
     if w_gate.stride(0) == w_up.stride(0) == 1:
-        both = torch.mm(d.t(), rows).t()
-        return dx, both[:, :N], both[:, N:]
+        return dx, *torch.mm(d.t(), rows).t().chunk(2, dim=1)
     return dx, torch.mm(rows.t(), dgate), torch.mm(rows.t(), dup)
 
 
@@ -147,8 +148,7 @@ def run_case(case):
         values = (torch.randn(rows, columns, device=DEVICE) * scale).to(dtype)
         more = 8 if "padded" in kind else 0
         strides = (1, rows + more) if "transposed" in kind else (columns + more, 1)
-        strides = (6 * columns, 3) if kind == "steps" else strides
-        strides = [max(stride, 1) for stride in strides]
+        strides = [max(stride, 1) for stride in ((6 * columns, 3) if kind == "steps" else strides)]
         return guards.around(values.shape, strides, dtype, values, offset=kind == "offset")
 
     guards, small = Guards(), max(K, 1) ** -0.5
@@ -156,39 +156,41 @@ def run_case(case):
     w_up, dy = operand(K, N, case.w_up, small), operand(M, N, case.dy)
     leading = (case.blocks, M // case.blocks) if case.blocks > 1 else (M,)
     x, dy = x.view(*leading, K), dy.view(*leading, N)
-    inputs = [t.detach().requires_grad_() for t in (x, w_gate, w_up)]
-    options = dict(recompute=case.recompute, autotune=case.choice == fts.TUNED)
+    float8 = dtype == benchmark.FLOAT8
+    inputs = [t.detach().requires_grad_(not float8) for t in (x, w_gate, w_up)]
+    shapes = {"rows": ((*leading, 1), (1, N), (1, N)), "numbers": ((), (), ())}.get(case.scales, ())
+    scales = [torch.rand(shape, device=DEVICE) + 0.5 for shape in shapes]
+    options = dict(recompute=case.recompute, autotune=case.choice == fts.TUNED, scales=scales or None)
     options |= dict(batch_invariant=case.choice == fts.ONE_FOR_ALL_M)
-    previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.precision)
     try:
         with guards.around_new_tensors():
             y = fts.fused_swiglu(*inputs, **options)
-            gradients = torch.autograd.grad(y, inputs, dy, retain_graph=True)
-            last_gradients = torch.autograd.grad(y, inputs, dy)  # over gate and up, which nobody needs again
+            gradients = () if float8 else torch.autograd.grad(y, inputs, dy, retain_graph=True)
+            last_gradients = () if float8 else torch.autograd.grad(y, inputs, dy)  # over gate and up: not needed again
         assert guards.hold(), "written outside of the result"  # before a call without guards does the same
         assert torch.equal(y, fts.fused_swiglu(*inputs, **options)), "another result in a second call"
-        eager = benchmark.differentiated(lambda t: torch_swiglu(*t), dy)(inputs)
+        eager = () if float8 else benchmark.differentiated(lambda t: torch_swiglu(*t), dy)(inputs)
     finally:
-        torch.set_float32_matmul_precision(previous)
+        torch.set_float32_matmul_precision("highest")
     assert all(map(torch.equal, gradients, last_gradients)), "other gradients in a second backward pass"
-    expected = benchmark.reference(*inputs, dy)
+    expected = [benchmark.reference(*inputs, scales=scales)] if float8 else benchmark.reference(*inputs, dy)
     tf32 = DEVICE == "cuda" and dtype == torch.float32 and case.precision == "high"
     rounding = TF32_ERROR if tf32 else benchmark.ROUNDING[dtype]
     # Errors of tf32 are those of the products, large where a sum of them is small
     right = tf32 or torch.allclose(y.to(expected[0].dtype), expected[0], **benchmark.TOLERANCES[dtype])
     assert right, "an element of y is wrong"
     # What elements are like: x and dy are of order one, the weights K ** -0.5
-    scales = (0.3, 0.3 * (N**0.5) * small, 0.3 * M**0.5, 0.3 * M**0.5)
+    sizes = (0.3, 0.3 * (N**0.5) * small, 0.3 * M**0.5, 0.3 * M**0.5)
     worst, spoiled, names = 0.0, [], ("y", "dx", "dw_gate", "dw_up")
-    for name, *results, right, scale in zip(names, (y, *gradients), eager, expected, scales, strict=True):
-        error, eager_error = (error_of(t, right, scale) for t in results)
+    for name, *results, right, size in zip(names, (y, *gradients), eager or expected, expected, sizes, strict=False):
+        error, eager_error = (error_of(t, right, size) for t in results)
         # Chance evens out over many values of gate and of the result; over few, twice as much is no fault
         lenience = 1 if min(M * N, right.numel()) >= 2000 else 2
         limit = max(eager_error, rounding) if name == "y" else lenience * max(1.05 * eager_error, 2 * rounding)
         if not error <= limit and name != "y" and dtype != torch.float32:
             product = gradients_by_mm(*(t.detach() for t in inputs), dy)[names.index(name) - 1]
-            if error_of(results[0], product.to(right), scale) <= limit < error_of(product, right, scale):
+            if error_of(results[0], product.to(right), size) <= limit < error_of(product, right, size):
                 spoiled.append(name)
                 continue
         assert error <= limit, f"the error of {name} is {error:.1e}, eager PyTorch's {eager_error:.1e}"
@@ -199,8 +201,7 @@ def run_case(case):
 def memory():
     """Bytes that PyTorch holds on the GPU, and the most MiB that the process has held on the host."""
     gc.collect()
-    gpu = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-    return gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return torch.cuda.memory_allocated(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def main():
@@ -218,8 +219,7 @@ def main():
 
     worst, faults, settled, start = 0.0, 0, (math.nan, math.nan), time.monotonic()
     for done in tqdm(itertools.count(), unit=" cases", disable=None):
-        seconds = time.monotonic() - start
-        if seconds >= 60 * args.minutes:
+        if (seconds := time.monotonic() - start) >= 60 * args.minutes:
             break
         if args.cycle and done == 2 * args.cycle:  # compiled in the first round, tuned, with every workspace
             settled = memory()

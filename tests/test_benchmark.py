@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import benchmark
 from baseline_torch_swiglu import torch_swiglu
-from benchmark import BACKWARD, COLUMNS, DTYPES, FLUSHED, HOST, LAYOUTS, ROUNDING
+from benchmark import BACKWARD, COLUMNS, DTYPES, FLOAT8, FLUSHED, HOST, LAYOUTS, ROUNDING
 from common import DEVICE, GPU, HERE
 
 README = (HERE / "README.md").read_text()
@@ -88,21 +88,22 @@ def test_stops_at_a_wrong_kernel(passes, tmp_path):
 @pytest.mark.parametrize("wrong", ["last column of K left out", "gate and up exchanged", "last row unwritten"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_the_check_can_fail(wrong, dtype):
-    inputs = benchmark.make_inputs(8, 512, 64, dtype, "linear", DEVICE)
+    inputs = benchmark.make_inputs(8, 512, 64, torch.float32 if dtype == FLOAT8 else dtype, "linear", DEVICE)
     x, w_gate, w_up = (t.double() for t in inputs)
+    result_dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
 
     def run():
         if wrong == "last column of K left out":
-            return torch_swiglu(x[:, :-1], w_gate[:-1], w_up[:-1]).to(dtype)
+            return torch_swiglu(x[:, :-1], w_gate[:-1], w_up[:-1]).to(result_dtype)
         if wrong == "gate and up exchanged":
-            return torch_swiglu(x, w_up, w_gate).to(dtype)
-        y = torch.empty(8, 64, dtype=dtype, device=DEVICE)
+            return torch_swiglu(x, w_up, w_gate).to(result_dtype)
+        y = torch.empty(8, 64, dtype=result_dtype, device=DEVICE)
         y[:-1] = torch_swiglu(x[:-1], w_gate, w_up)
         return y
 
     expected = benchmark.reference(*inputs)
-    assert benchmark.check(lambda: torch_swiglu(x, w_gate, w_up).to(dtype), expected)[0]
-    assert not benchmark.check(run, expected)[0]
+    assert benchmark.check(lambda: torch_swiglu(x, w_gate, w_up).to(result_dtype), expected, dtype)[0]
+    assert not benchmark.check(run, expected, dtype)[0]
 
 
 REFUSED = {
@@ -110,8 +111,11 @@ REFUSED = {
     "--k many": "argument --k: invalid positive_int value: 'many'",
     "--model small --k 8": "--model gives K and N",
     "--providers cublas": "argument --providers: invalid choice: 'cublas'",
-    "--providers fused,~recomputing": "--providers fused, recomputing: not without --backward",
-    "--backward --providers packed~matmul~only": "--providers packed matmul only: not with --backward",
+    "--providers fused,~recomputing": "--providers fused, recomputing: with these options expected some of ('torch', ",
+    "--backward --providers packed~matmul~only": "--providers packed matmul only: with these options expected some of",
+    "--dtype float8_e4m3fn --backward": "--dtype float8_e4m3fn has no --backward",
+    "--dtype float8_e4m3fn --layout row-major": "no --layout but linear",
+    "--dtype float8_e4m3fn --n 24": "no K and N but in steps of 16",
     "--backward --rotate-weights": "--backward and --rotate-weights exclude each other",
     "--plot nothing.csv": "--plot nothing.csv: [Errno 2] No such file",
     "--plot no-columns.csv": "--plot no-columns.csv: Usecols do not match columns",

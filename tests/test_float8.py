@@ -8,7 +8,7 @@ import torch
 
 import fused_triton_swiglu as fts
 from baseline_torch_swiglu import torch_swiglu_float8
-from benchmark import nan_in_new_memory, relative_error
+from benchmark import make_inputs, nan_in_new_memory, quantised, reference, relative_error
 from common import DEVICE, GPU, needs_gpu, untuned
 from fused_triton_swiglu import FLOAT8, fused_swiglu
 
@@ -18,29 +18,14 @@ pytestmark = pytest.mark.skipif(not CAPABLE, reason="needs a GPU with float8 (sm
 LIMITS = {torch.bfloat16: 2**-8, torch.float16: 2.5e-3 if GPU else 2**-11, torch.float32: 2.5e-3 if GPU else 3e-6}
 
 
-def quantised(rows, K):
-    """A (rows, K) matrix of order one as float8 and a scale for each row."""
-    values = torch.randn(rows, K, device=DEVICE)
-    scale = values.abs().amax(dim=1, keepdim=True).clamp(min=1e-6) / 448
-    return (values / scale).to(FLOAT8), scale
-
-
 def operands(M, K, N, recipe="rows"):
     """x, both weights (K, N), and the scales: a number for each row and column, or one for each tensor."""
-    torch.manual_seed(M + K + N)
-    (x, x_scale), (gate, gate_scale), (up, up_scale) = (quantised(rows, K) for rows in (M, N, N))
-    gate_scale, up_scale = (s.view(-1) * max(K, 1) ** -0.5 for s in (gate_scale, up_scale))
+    inputs, scales = quantised(*make_inputs(M, K, N, torch.float32, "linear", DEVICE))
     if recipe == "numbers":
-        x_scale, gate_scale, up_scale = (s.mean() for s in (x_scale, gate_scale, up_scale))
+        scales = [scale.mean() for scale in scales]
     if recipe == "mixed":
-        x_scale, gate_scale, up_scale = x_scale.mean().view(1, 1), gate_scale[None], up_scale.mean()
-    return (x, gate.t(), up.t()), (x_scale, gate_scale, up_scale)
-
-
-def exact(inputs, scales):
-    x, w_gate, w_up = (t.double() for t in inputs)
-    gate, up = ((x @ w) * scales[0].double() * s.double() for w, s in zip((w_gate, w_up), scales[1:], strict=True))
-    return torch.nn.functional.silu(gate) * up
+        scales = [scales[0].mean().view(1, 1), scales[1].view(-1), scales[2].mean()]
+    return inputs, scales
 
 
 SIZES = [(1, 16, 32), (17, 33, 65), (70, 130, 24), (130, 144, 136)]
@@ -57,7 +42,7 @@ def test_right(M, K, N, recipe, out_dtype):
         with nan_in_new_memory():
             y = run()
         assert y.dtype == out_dtype and y.shape == (M, N) and y.is_contiguous()
-        assert relative_error(y, exact(inputs, scales)) <= LIMITS[out_dtype]
+        assert relative_error(y, reference(*inputs, scales=scales)) <= LIMITS[out_dtype]
     assert torch.equal(y, run(batch_invariant=True)) or GPU
 
 
@@ -65,7 +50,7 @@ def test_leading_dimensions_stacked_halves_and_strides():
     (x, w_gate, w_up), (x_scale, *of_weights) = operands(60, 48, 40)
     stacked = torch.cat([w_up.t(), w_gate.t()])
     w_up, w_gate = (w.t() for w in stacked.chunk(2))
-    expected = exact((x, w_gate, w_up), (x_scale, *of_weights))
+    expected = reference(x, w_gate, w_up, scales=(x_scale, *of_weights))
     column_major = x.t().contiguous().t()
     padded = torch.cat([x, x], dim=1)[:, :48]
     for rows in (x.view(4, 5, 3, 48), x.view(5, 12, 48).transpose(0, 1), column_major, padded):
@@ -80,7 +65,7 @@ def test_without_scales_and_empty():
     inputs = [(t.float() / 64).to(FLOAT8) for t in inputs]
     inputs[1:] = [w.t().contiguous().t() for w in inputs[1:]]
     ones = [torch.ones((), device=DEVICE)] * 3
-    assert relative_error(untuned(*inputs), exact(inputs, ones)) <= LIMITS[torch.bfloat16]
+    assert relative_error(untuned(*inputs), reference(*inputs, scales=ones)) <= LIMITS[torch.bfloat16]
     for M, K, N in ((0, 8, 4), (3, 8, 0), (3, 0, 4)):
         x, w_gate, w_up = (torch.empty(rows, K, device=DEVICE).to(FLOAT8) for rows in (M, N, N))
         y = fused_swiglu(x, w_gate.t(), w_up.t(), scales=ones)
@@ -94,9 +79,9 @@ def test_errors_of_sums_with_few_bits(recipe, M):
     """As the docstring has them; and the same bits each time."""
     for K, N, limit in ((4096, 2048, 3.3e-3), (14336, 1024, 6e-3)):
         inputs, scales = operands(M, K, N, recipe)
-        expected, y = exact(inputs, scales), fused_swiglu(*inputs, scales=scales)
+        expected, y = reference(*inputs, scales=scales), fused_swiglu(*inputs, scales=scales)
         assert relative_error(y, expected) <= limit
-        assert relative_error(torch_swiglu_float8(*inputs, scales), expected) <= limit + 1.2e-3  # rounds four times
+        assert relative_error(torch_swiglu_float8(*inputs, *scales), expected) <= limit + 1.2e-3  # rounds four times
         assert all(torch.equal(fused_swiglu(*inputs, scales=scales), y) for _ in range(20))
 
 
@@ -130,7 +115,7 @@ REFUSED = [
     (dict(scales=(XS, GS, 1.0)), TypeError, "up_scale is a float: expected a tensor of torch.float32 on "),
     (dict(scales=(XS.to("meta"), GS, US)), TypeError, "x_scale is torch.float32 on meta: expected"),
     (dict(scales=(XS.view(-1), GS, US)), ValueError, "x_scale is (4,): expected one number or (4, 1)"),
-    (dict(scales=(XS, GS[:, None], US)), ValueError, "gate_scale is (6, 1): expected one number or (1, 6)"),
+    (dict(scales=(XS, GS.t(), US)), ValueError, "gate_scale is (6, 1): expected one number or (1, 6)"),
     (dict(out_dtype=FLOAT8), ValueError, "out_dtype is torch.float8_e4m3fn: expected one of (torch.bfloat16, "),
     (
         dict(w_gate=G.contiguous()),

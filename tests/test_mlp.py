@@ -14,10 +14,9 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import benchmark
 from baseline_torch_swiglu import torch_swiglu
 from benchmark import ROUNDING, gradient_limit, relative_error
-from common import DEVICE, GPU, HERE, randn, saved_by
+from common import DEVICE, DTYPES, GPU, HERE, randn, saved_by
 from swiglu_mlp import SwiGLUMLP, replace_mlps
 
 
@@ -49,7 +48,7 @@ def hugging_face(name="Llama"):
     return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config)).to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", benchmark.DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mlp_against_transformers(dtype):
     theirs = hugging_face().model.layers[0].mlp.to(dtype)
     ours = SwiGLUMLP(64, 176, device=DEVICE, dtype=dtype)
