@@ -18,7 +18,6 @@ import re
 import threading
 import warnings
 from collections import namedtuple
-from itertools import chain
 
 import torch
 import triton
@@ -26,30 +25,28 @@ import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+GROUP_M = tl.constexpr(16)  # against 8: 774 -> 739 us at M = 2048 with row-major weights, elsewhere no worse than noise
 FP_FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not named, as 3.10 changes the default
 
 # ---- Tile configurations, and which of them suit a call ----
 
 
 def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persistent=False, flatten=False, swap=False):
-    # GROUP_M = 16 against 8: 774 -> 739 us at M = 2048 with row-major weights, never worse than the noise elsewhere.
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=16)
+    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
     form = dict(TMA=tma, PERSISTENT=persistent, FLATTEN=flatten, SWAP_AB=swap)
     return triton.Config(tile | form, num_warps, num_stages)
 
 
 EITHER_LAYOUT = [  # of 32-bit numbers
     _config(64, 64, 32, 8, 3, swap=True),  # tf32, M > 32, and row-major, M = 64
-    _config(128, 32, 32, 8, 3),
     _config(64, 64, 32, 8, 3),
     _config(64, 32, 32, 4, 2),
     _config(32, 64, 32, 4, 3),  # row-major, M = 32
     _config(16, 64, 32, 4, 3),
 ]
 LARGE_32_BIT = _config(128, 64, 32, 8, 4, swap=True)  # M > 64. With row-major weights it spills 192 bytes, and wins
-# The first that usable_configs() keeps is the default, which needs no tuning. The comments say where each one won on an
-# H100 (K = 4096, N = 14336); those without a place serve devices with less shared memory. Those for more than 128 rows
-# of 16-bit numbers are for other devices than Hopper and for operands that TMA refuses.
+# The first that usable_configs() keeps is the default. Comments say where each won on an H100 (K = 4096, N = 14336):
+# those without serve other devices, as do those of 16 bits for M > 128, and what the kernel for Hopper does not take.
 CONFIGS = {
     "16-bit": [
         # nn.Linear weights. Never tma="xw" with swap=True: 256 x 64 tiles in 3 stages race, errors of 1.6e-2 to 3.6e-2.
@@ -84,8 +81,6 @@ CONFIGS = {
 CONFIGS["8-bit"] = [  # as many bytes
     triton.Config(c.kwargs | {"BLOCK_K": 2 * c.kwargs["BLOCK_K"]}, c.num_warps, c.num_stages) for c in CONFIGS["16-bit"]
 ]
-
-
 Device = namedtuple("Device", "arch num_sms shared_memory")  # 90 for sm_90, 0 on AMD; bytes that one program may use
 
 
@@ -100,20 +95,14 @@ def device_limits(index):
     return Device(arch, limits["multiprocessor_count"], limits["max_shared_mem"])
 
 
-def m_bucket(M):
-    """Row counts that share one tuning result: 1..16, 17..32, 33..64, ..., 4097 and more."""
-    return min(max(triton.next_power_of_2(M), 16), 8192)
-
-
-def usable_configs(kind, M, N, tma, device):
-    """The entries of CONFIGS[kind] worth trying for an (M, N) result, the default first. `tma`: see tma_operands."""
-    bucket = m_bucket(M)
+def usable_configs(kind, bucket, N, tma, device):
+    """The entries of CONFIGS[kind] worth trying for up to `bucket` rows, the default first. `tma`: see tma_operands."""
+    itemsize = int(kind.partition("-")[0]) // 8
     # wgmma and tcgen05 read their operands from shared memory. mma.sync and FMAs keep them in registers, which leaves
     # room for half the accumulator, and have no side of 64 rows that would make it worth to swap the operands.
     operands_in_shared_memory = device.arch // 10 in (9, 10)
-    itemsize = int(kind.partition("-")[0]) // 8
     max_acc = (128 * 256 if operands_in_shared_memory else 128 * 128) // (2 if itemsize == 4 else 1)  # see dot_tf32x3
-    min_rows = 64 if itemsize == 4 or triton.cdiv(M, 128) * triton.cdiv(N, 128) < device.num_sms else 128
+    min_rows = 64 if itemsize == 4 or triton.cdiv(bucket, 128) * triton.cdiv(N, 128) < device.num_sms else 128
 
     def usable(config):
         block_m, block_n, block_k = (config.kwargs[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -136,7 +125,7 @@ def usable_configs(kind, M, N, tma, device):
 
 
 @triton.jit
-def grouped_tile(tile, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
+def grouped_tile(tile, num_pid_m, num_pid_n):
     """Go down GROUP_M row tiles before moving one column on: what runs at the same time shares x and w in L2."""
     tiles_in_group = GROUP_M * num_pid_n
     first_pid_m = tile // tiles_in_group * GROUP_M
@@ -145,20 +134,15 @@ def grouped_tile(tile, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def silu_mul(gate, up):
-    return gate / (1 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def scaled(gate, up, scales, offs_m, offs_n, M, N):
-    """Both times x's scale of each row and the weight's of each column, where there are scales."""
+def silu_mul(gate, up, scales, offs_m, offs_n, M, N):
+    """silu(gate) * up in fp32, in float8 each before times x's scale of its row and the weight's of its column."""
     x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su = scales
-    offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
     if x_scale_ptr is not None:
+        offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
         x_scale = tl.load(x_scale_ptr + offs_m * stride_sx, mask=offs_m < M)[:, None]
         gate *= x_scale * tl.load(gate_scale_ptr + offs_n * stride_sg, mask=offs_n < N)[None, :]
         up *= x_scale * tl.load(up_scale_ptr + offs_n * stride_su, mask=offs_n < N)[None, :]
-    return gate, up
+    return gate / (1 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -189,15 +173,14 @@ def dot_tf32x3(a, b, acc):
 
 def _descriptors(args):
     """Of x (M, K), and of both weights (2, N, K): the second lies a fixed distance behind the first in memory."""
-    x, first, second = args["x_ptr"], args["w_gate_ptr"], args["w_up_ptr"]
     x_desc = w_desc = None
+    N, K, BLOCK_N, BLOCK_K = args["N"], args["K"], args["BLOCK_N"], args["BLOCK_K"]
     if args["TMA"]:
-        x_desc = TensorDescriptor(x, [args["M"], args["K"]], [args["stride_xm"], 1], [args["BLOCK_M"], args["BLOCK_K"]])
+        x_desc = TensorDescriptor(args["x_ptr"], [args["M"], K], [args["stride_xm"], 1], [args["BLOCK_M"], BLOCK_K])
     if args["TMA"] == "xw":
-        first, second = (second, first) if args["UP_FIRST"] else (first, second)
+        first, second = sorted((args["w_gate_ptr"], args["w_up_ptr"]), key=torch.Tensor.data_ptr)
         distance = (second.data_ptr() - first.data_ptr()) // first.element_size()
-        shape, strides = [2, args["N"], args["K"]], [distance, args["stride_gn"], 1]
-        w_desc = TensorDescriptor(first, shape, strides, [2, args["BLOCK_N"], args["BLOCK_K"]])
+        w_desc = TensorDescriptor(first, [2, N, K], [distance, args["stride_gn"], 1], [2, BLOCK_N, BLOCK_K])
     return x_desc, w_desc
 
 
@@ -211,10 +194,9 @@ def swiglu_kernel(
     x_ptr, w_gate_ptr, w_up_ptr, y_ptr, gate_up_ptr, x_scale_ptr, gate_scale_ptr, up_scale_ptr,  # scales, or None
     M, N, K, stride_xm, stride_xk, stride_gk, stride_gn, stride_uk, stride_un, stride_sx, stride_sg, stride_su,
     M_BUCKET, LAYOUT: tl.constexpr, DEVICE: tl.constexpr,  # not read: parts of TUNING_KEY
-    INPUT_PRECISION: tl.constexpr, SAME_STRIDE_K: tl.constexpr,
-    UP_FIRST: tl.constexpr,  # w_desc's first weight is w_up
+    INPUT_PRECISION: tl.constexpr, SAME_STRIDE_K: tl.constexpr, UP_FIRST: tl.constexpr,  # w_desc begins with w_up
     x_desc, w_desc, EVEN_K: tl.constexpr,  # from the heuristics
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,  # a configuration
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # a configuration
     TMA: tl.constexpr,  # operands loaded through descriptors: "", "x" or "xw"; the others through pointers
     PERSISTENT: tl.constexpr,  # read by the grid: one program per SM instead of one per tile
     FLATTEN: tl.constexpr,  # one loop over tiles and K, so that loads run ahead across tiles
@@ -223,7 +205,7 @@ def swiglu_kernel(
     num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_pid_m * num_pid_n, tl.num_programs(0), flatten=FLATTEN):
         # ---- Which tile ----
-        pid_m, pid_n = grouped_tile(tile, num_pid_m, num_pid_n, GROUP_M)
+        pid_m, pid_n = grouped_tile(tile, num_pid_m, num_pid_n)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
@@ -268,20 +250,20 @@ def swiglu_kernel(
         gate, up = tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
         if TMA == "xw" and UP_FIRST:
             gate, up = up, gate
-        scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
-        gate, up = scaled(gate, up, scales, offs_m, offs_n, M, N)
         rows = offs_m.to(tl.int64)[:, None]
         mask_y = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         if gate_up_ptr is not None:
             gate_ptrs = gate_up_ptr + rows * 2 * N + offs_n[None, :]
             tl.store(gate_ptrs, gate.to(y_ptr.dtype.element_ty), mask=mask_y)
             tl.store(gate_ptrs + N, up.to(y_ptr.dtype.element_ty), mask=mask_y)
-        y = silu_mul(gate, up)
+        scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
+        y = silu_mul(gate, up, scales, offs_m, offs_n, M, N)
         tl.store(y_ptr + rows * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
 TUNING_KEY = ["M_BUCKET", "N", "K", "LAYOUT", "INPUT_PRECISION", "DEVICE"]
-TUNER = triton.autotune([*chain(*CONFIGS.values())], TUNING_KEY, cache_results=True)(swiglu_kernel)
+TUNER = triton.autotune([c for configs in CONFIGS.values() for c in configs], TUNING_KEY, cache_results=True)
+TUNER = TUNER(swiglu_kernel)
 
 
 # ---- Kernel for Hopper and results of many tiles, in Gluon: swiglu_kernel_hopper, at its end, is where to begin ----
@@ -301,7 +283,7 @@ try:
 except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
     gluon = None
 
-TILE_M, TILE_N, TILE_GROUP = tl.constexpr(128), tl.constexpr(128), tl.constexpr(16)  # for every M; see hopper_range
+TILE_M, TILE_N = tl.constexpr(128), tl.constexpr(128)  # for every M; see hopper_range
 STAGES = tl.constexpr(4)  # of 128 bytes along K, 48 KB each. With y they fill the shared memory
 CONSUMERS, ROWS = tl.constexpr(2), tl.constexpr(64)  # of four warps; a tile's rows for each, as many as wgmma has
 # 168 registers for each thread of 12 warps, the producer's counting as four: it hands most of them to the consumers.
@@ -315,23 +297,19 @@ if gluon:
         tiles = gl.cdiv(M, TILE_M) * gl.cdiv(N, TILE_N)
         # A last wave that would keep at most half of the programs busy goes in halves: 195 -> 175 us at M = 512.
         last_wave = tiles % gl.num_programs(0)
-        if 2 * last_wave > gl.num_programs(0):
-            last_wave = 0
-        whole = tiles - last_wave
+        whole = tiles - gl.where(2 * last_wave > gl.num_programs(0), 0, last_wave)
         return gl.program_id(0) + (PARTS - 1) * 2 * whole, whole if PARTS == 1 else 2 * tiles
 
     @gluon.jit
     def hopper_offsets(part, M, N, PARTS: gl.constexpr):
         """Where a tile, or a half of one, begins: off_m, off_n."""
-        pid_m, pid_n = grouped_tile(part // PARTS, gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N), TILE_GROUP)
+        pid_m, pid_n = grouped_tile(part // PARTS, gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N))
         return pid_m * TILE_M, pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)
 
     @gluon.jit
-    def hopper_load(step, loaded, shared, sizes, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
+    def hopper_load(step, tensors, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
         """Load what this program's tiles need. `step` counts stages through all tiles, and is returned."""
-        x_desc, w_gate_desc, w_up_desc = loaded
-        x_buffers, w_buffers, full, empty = shared
-        M, N, K = sizes
+        x_desc, w_gate_desc, w_up_desc, _, _, _, x_buffers, w_buffers, _, full, empty, _, M, N, K = tensors
         BOXES: gl.constexpr = TILE_N // PARTS // BOX  # of each weight in a stage: those of w_gate, then those of w_up
         BOX_K: gl.constexpr = x_buffers.shape[2]
         first, end = hopper_range(M, N, PARTS)
@@ -366,13 +344,9 @@ if gluon:
             tma_store(desc, (off_m + CONSUMER * ROWS, off_n + i * BOX), buffers.index(FIRST_BOX + i))
 
     @gluon.jit
-    def hopper_compute(
-        step, stored, scales, shared, sizes, CONSUMER: gl.constexpr, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr
-    ):
+    def hopper_compute(step, tensors, CONSUMER: gl.constexpr, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
         """One consumer's rows of this program's tiles of y, and of gate and up where they are kept."""
-        y_desc, gate_desc, up_desc, y_buffers = stored
-        x_buffers, w_buffers, full, empty = shared
-        M, N, K = sizes
+        _, _, _, y_desc, gate_desc, up_desc, x_buffers, w_buffers, y_buffers, full, empty, scales, M, N, K = tensors
         WIDTH: gl.constexpr = TILE_N // PARTS
         BOX_K: gl.constexpr = x_buffers.shape[2]
         # The boxes of a stage lie one behind the other just as the swizzled layout of one wide operand has them, in
@@ -404,24 +378,22 @@ if gluon:
             gate, up = acc.reshape([ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
             offs_m = off_m + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, gate.type.layout))
             offs_n = off_n + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
-            gate, up = scaled(gate, up, scales, offs_m, offs_n, M, N)
             if gate_desc is not None:
                 hopper_store(gate, gate_desc, y_buffers, off_m, off_n, CONSUMER)
                 hopper_store(up, up_desc, y_buffers, off_m, off_n, CONSUMER)
-            hopper_store(silu_mul(gate, up), y_desc, y_buffers, off_m, off_n, CONSUMER)
+            y = silu_mul(gate, up, scales, offs_m, offs_n, M, N)
+            hopper_store(y, y_desc, y_buffers, off_m, off_n, CONSUMER)
         return step
 
     @gluon.jit
-    def hopper_producer(loaded, shared, sizes, ROW_MAJOR: gl.constexpr):
+    def hopper_role(tensors, ROLE: gl.constexpr, ROW_MAJOR: gl.constexpr):
+        """What a group of warps does: a consumer by its number, or after these the producer."""
         step = 0
         for PARTS in gl.static_range(1, 3):  # first whole tiles, then halves
-            step = hopper_load(step, loaded, shared, sizes, PARTS, ROW_MAJOR)
-
-    @gluon.jit
-    def hopper_consumer(stored, scales, shared, sizes, CONSUMER: gl.constexpr, ROW_MAJOR: gl.constexpr):
-        step = 0
-        for PARTS in gl.static_range(1, 3):
-            step = hopper_compute(step, stored, scales, shared, sizes, CONSUMER, PARTS, ROW_MAJOR)
+            if ROLE == CONSUMERS:
+                step = hopper_load(step, tensors, PARTS, ROW_MAJOR)
+            else:
+                step = hopper_compute(step, tensors, ROLE, PARTS, ROW_MAJOR)
         tma.store_wait(0)  # the shared memory must outlive the stores that read it
 
     @gluon.jit(do_not_specialize=["M", "N", "K"])
@@ -431,33 +403,28 @@ if gluon:
     ):  # fmt: skip
         """As swiglu_kernel. Weights lie (N, K) in memory, with ROW_MAJOR (K, N). gate_desc and up_desc may be None.
 
-        One warp loads, two consumers of four warps compute. No barrier joins them, so that one keeps the tensor cores
-        busy while the other is in its epilogue: 705 -> 676 us at M = 2048 against one consumer of eight warps. In
-        float8, M = 512, it takes 96 us where swiglu_kernel takes 109 (H200).
+        One warp loads, two consumers of four warps compute, joined by no barrier: one keeps the tensor cores busy while
+        the other is in its epilogue (705 -> 676 us at M = 2048; in float8, M = 512, 109 by swiglu_kernel -> 96, H200).
         """
-        loaded, sizes = (x_desc, w_gate_desc, w_up_desc), (M, N, K)
         scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
         BOX_K: gl.constexpr = x_desc.block_type.shape[1]
         x_buffers = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TILE_M, BOX_K], x_desc.layout)
         w_buffers = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2 * TILE_N // BOX, BOX, BOX_K], x_desc.layout)
         y_buffers = gl.allocate_shared_memory(y_desc.dtype, [CONSUMERS * TILE_N // BOX, ROWS, BOX], y_desc.layout)
-        stored = (y_desc, gate_desc, up_desc, y_buffers)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(full.index(stage), count=1)
             mbarrier.init(empty.index(stage), count=CONSUMERS)
         hopper.fence_async_shared()
-        shared = (x_buffers, w_buffers, full, empty)
+        tensors = (
+            x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc,
+            x_buffers, w_buffers, y_buffers, full, empty, scales, M, N, K,
+        )  # fmt: skip
         gl.warp_specialize(
-            [
-                (hopper_consumer, (stored, scales, shared, sizes, 0, ROW_MAJOR)),
-                (hopper_consumer, (stored, scales, shared, sizes, 1, ROW_MAJOR)),
-                (hopper_producer, (loaded, shared, sizes, ROW_MAJOR)),
-            ],
-            worker_num_warps=[4, 1],
-            worker_num_regs=[240, 24],
-        )
+            [(hopper_role, (tensors, 0, ROW_MAJOR)), (hopper_role, (tensors, 1, ROW_MAJOR)),
+             (hopper_role, (tensors, 2, ROW_MAJOR))], worker_num_warps=[4, 1], worker_num_regs=[240, 24],
+        )  # fmt: skip
 
 
 # ---- Kernel for the backward pass ----
@@ -466,8 +433,7 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
     """From dy (M, N) and gate beside up (M, 2N) to dgate beside dup, in the same memory or not. All are contiguous."""
     row = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
     offs_n = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_gate, offs_up = row * 2 * N + offs_n, row * 2 * N + N + offs_n
-    mask = offs_n < N
+    offs_gate, offs_up, mask = row * 2 * N + offs_n, row * 2 * N + N + offs_n, offs_n < N
     dy = tl.load(dy_ptr + row * N + offs_n, mask=mask).to(tl.float32)
     gate = tl.load(gate_up_ptr + offs_gate, mask=mask).to(tl.float32)
     up = tl.load(gate_up_ptr + offs_up, mask=mask).to(tl.float32)
@@ -483,7 +449,6 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernels above
 MAX_STEP = 2**40  # bytes: a descriptor's strides are below
 RESULT_DTYPES, FLOAT8 = (torch.bfloat16, torch.float16, torch.float32), torch.float8_e4m3fn
-DTYPES = *RESULT_DTYPES, FLOAT8
 NOT_FLOAT8 = None, None, None, None  # in place of what _float8_arguments returns
 PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter  # and no subclass of theirs
 
@@ -491,12 +456,10 @@ PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter  # and no subclass of theirs
 def _check(x, w_gate, w_up):
     """Raise for what fused_swiglu does not take. What it reads of dense tensors is in _launch_key: once is enough."""
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} is {t.dtype}: expected one of {DTYPES}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}: all three must have one dtype")
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, but x is on {x.device}: all three must be on one device")
+        if t.dtype not in (*RESULT_DTYPES, FLOAT8):
+            raise TypeError(f"{name} is {t.dtype}: expected one of {(*RESULT_DTYPES, FLOAT8)}")
+        if (t.dtype, t.device) != (x.dtype, x.device):
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, but x {x.dtype} on {x.device}: all must be alike")
         if t.layout != torch.strided or t.is_nested:
             raise TypeError(f"{name} is {'nested' if t.is_nested else t.layout}: expected an ordinary, dense tensor")
         if t.device.type not in ("cuda", "meta") and not (INTERPRETED and t.device.type == "cpu"):
@@ -517,18 +480,19 @@ def _float8_arguments(x, w_gate, w_up, scales, out_dtype):
         raise ValueError(f"scales or out_dtype were given, but x is {x.dtype}: they are for {FLOAT8}")
     if out_dtype not in (None, *RESULT_DTYPES):
         raise ValueError(f"out_dtype is {out_dtype}: expected one of {RESULT_DTYPES}")
-    if w_gate.shape[0] > 1 and not w_gate.stride(0) == w_up.stride(0) == 1:
-        strides = f"w_gate has strides {w_gate.stride()} and w_up {w_up.stride()}"
-        raise ValueError(f"{strides}: weights in float8 must lie (N, K) in memory, as weight.t() of an nn.Linear")
+    (K, N), along_k = w_gate.shape, (w_gate.stride(0), w_up.stride(0))
+    if K > 1 and along_k != (1, 1):
+        raise ValueError(f"w_gate and w_up have strides {along_k} along K: in float8 expected 1, (N, K) in memory")
     if scales is not None and not (isinstance(scales, (tuple, list)) and len(scales) == 3):
         raise ValueError("scales must be three tensors: of x, w_gate and w_up")
-    vectors, shapes = [], ((*x.shape[:-1], 1), (1, w_gate.shape[1]), (1, w_gate.shape[1]))
-    for name, t, shape in zip(("x_scale", "gate_scale", "up_scale"), scales or (), shapes, strict=False):
-        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.device != x.device:
-            what = f"{t.dtype} on {t.device}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
-            raise TypeError(f"{name} is {what}: expected a tensor of torch.float32 on {x.device}")
-        if t.numel() != 1 and t.shape not in (shape, shape[1:] if shape[0] == 1 else shape):
-            raise ValueError(f"{name} is {tuple(t.shape)}: expected one number or {shape}")
+    vectors, shapes = [], {"x_scale": (*x.shape[:-1], 1), "gate_scale": (1, N), "up_scale": (1, N)}
+    for (name, shape), t in zip(shapes.items(), scales or (), strict=False):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
+        right_shape = t.numel() == 1 or t.shape == shape or (1, *t.shape) == shape
+        if not right_shape or (t.dtype, t.device) != (torch.float32, x.device):
+            what = f"{tuple(t.shape)}, {t.dtype} on {t.device}"
+            raise ValueError(f"{name} is {what}: expected {shape} or one number, torch.float32 on {x.device}")
         vectors.append(t.reshape(-1).expand(math.prod(shape)))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate, w_up, *vectors)):
         raise NotImplementedError("fused_swiglu has no gradient in float8: call it under torch.no_grad()")
@@ -548,8 +512,7 @@ def _needs_dispatcher(*tensors):
 
 def _tma_takes(t):
     """Whether TMA can load from a matrix: the last dimension contiguous, all else in steps of 16 bytes."""
-    step = t.stride(0) * t.element_size()
-    unit = 16 * t.element_size() if INTERPRETED else 16  # the interpreter of Triton 3.5 wants 16 elements
+    step, unit = t.stride(0) * t.element_size(), 16 * (t.element_size() if INTERPRETED else 1)  # 3.5: 16 elements
     return t.stride(1) == 1 and t.data_ptr() % 16 == 0 and 0 < step < MAX_STEP and step % unit == 0
 
 
@@ -566,11 +529,10 @@ def tma_operands(x, w_gate, w_up, device):
 def hopper_layout(x, w_gate, w_up, device, any_m=False):
     """How swiglu_kernel_hopper loads the weights, "row-major" (K, N) or "linear" (N, K), or None: it does not."""
     M, N = x.shape[0], w_gate.shape[1]
-    if gluon is None or INTERPRETED or device.arch != 90 or N % 8:  # y is stored by TMA
-        return None
     # Few rows are a matter of reading the weights, which smaller tiles do better: 98 us against 104 at M = 128.
     few = M <= 128 or 3 * triton.cdiv(M, TILE_M.value) * triton.cdiv(N, TILE_N.value) < device.num_sms
-    if (few and not any_m) or x.element_size() > 2 or not _tma_takes(x):
+    possible = gluon is not None and not INTERPRETED and device.arch == 90 and x.element_size() <= 2
+    if not possible or (few and not any_m) or N % 8 or not _tma_takes(x):  # y is stored by TMA
         return None
     if x.element_size() == 2 and _tma_takes(w_gate) and _tma_takes(w_up):  # in float8 as well where K is 1
         return "row-major"
@@ -578,9 +540,7 @@ def hopper_layout(x, w_gate, w_up, device, any_m=False):
 
 
 TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"  # how a configuration is chosen: see fused_swiglu
-
-# Raised where a kernel cannot be compiled or loaded here
-UNUSABLE = triton.errors.TritonError, RuntimeError, TypeError, AttributeError
+UNUSABLE = triton.errors.TritonError, RuntimeError, TypeError, AttributeError  # a kernel does not compile or load here
 FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors as well, but not the kernel's fault
 
 # _launch_key -> what launches the compiled kernel again, or None: a call takes the host 23 us, eager PyTorch 43 to 50,
@@ -629,8 +589,8 @@ def _forward(x, w_gate, w_up, keep, choice, *of_float8):
     if launch is None and (K == 0 or y.numel() == 0):
         return y.zero_(), gate_up.zero_() if keep else None
     if INTERPRETED and x.dtype in (torch.bfloat16, FLOAT8):  # of which its products are garbage (Triton 3.5 to 3.9)
-        results = _forward(x.float(), w_gate.float(), w_up.float(), keep, choice, *scales, None)
-        return tuple(t if t is None else t.to(y.dtype) for t in results)
+        in_float32 = _forward(x.float(), w_gate.float(), w_up.float(), keep, choice, *scales, None)
+        return tuple(t if t is None else t.to(y.dtype) for t in in_float32)
     rows = x if x.dim() == 2 else x.reshape(-1, K)  # a copy where leading dimensions do not collapse
     with torch.cuda.device_of(x):
         if launch is not None:
@@ -656,7 +616,7 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
             gluon = None
             warnings.warn(f"fused_swiglu goes on without its kernel for Hopper, slower: {_brief(error)}", stacklevel=2)
     tma = tma_operands(x, w_gate, w_up, device)
-    strides = *x.stride(), *w_gate.stride(), *w_up.stride()
+    strides = *x.stride(), *w_gate.stride(), *w_up.stride(), *(0 if t is None else t.stride(0) for t in scales)
     along_k = x.stride(1), w_gate.stride(0), w_up.stride(0)
     kind, precision = f"{8 * x.element_size()}-bit", "ieee"
     if kind == "32-bit":
@@ -664,11 +624,10 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
         if device.arch and not INTERPRETED:
             precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     layout = "".join("K" if stride == 1 else "-" for stride in along_k) + "/" + tma  # such as "KKK/xw"
-    same_stride_k = along_k[1] == along_k[2]
-    up_first = tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
+    bucket = min(max(triton.next_power_of_2(M), 16), 8192)  # 1..16, 17..32, ..., 4097 and more share a tuning result
+    same_stride_k, up_first = along_k[1] == along_k[2], tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
     tensors = x, w_gate, w_up, y, gate_up, *scales
-    strides += tuple(0 if t is None else t.stride(0) for t in scales)
-    scalars = M, N, K, *strides, m_bucket(M), layout, str(device), precision, same_stride_k, up_first
+    scalars = M, N, K, *strides, bucket, layout, str(device), precision, same_stride_k, up_first
     # ptxas would rather spill a few registers than lose a resident program.
     options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})
 
@@ -679,7 +638,7 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     def launch(config):
         return swiglu_kernel[grid](*tensors, *scalars, **options, **config.all_kwargs())
 
-    usable = usable_configs(kind, 8192 if choice == ONE_FOR_ALL_M else M, N, tma, device)
+    usable = usable_configs(kind, 8192 if choice == ONE_FOR_ALL_M else bucket, N, tma, device)
     if choice != TUNED or INTERPRETED:
         config, compiled = next(_working(usable, launch))
     else:
@@ -726,8 +685,7 @@ def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
         return x_desc, *w_descs, y_desc, *kept_descs, *scales, M, N, K, *strides, row_major
 
     grid = (device_limits(x.device.index).num_sms, 1, 1)
-    kernel = swiglu_kernel_hopper[grid](*arguments(x, w_gate, w_up, y, gate_up, *scales), **HOPPER_OPTIONS)
-    run = kernel[grid]
+    run = swiglu_kernel_hopper[grid](*arguments(x, w_gate, w_up, y, gate_up, *scales), **HOPPER_OPTIONS)[grid]
     return lambda *tensors: run(*arguments(*tensors))
 
 
@@ -797,7 +755,7 @@ def _backward(ctx, dy, *_):
 
     needs_x, needs_gate, needs_up = ctx.needs_input_grad[:3]
     dgate, dup = d.chunk(2, 1)
-    dx = dw_gate = dw_up = None
+    dx = None
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
         if needs_x:
             add = torch.addmm if dispatched else torch.Tensor.addmm_  # which FlopCounterMode does not know
@@ -850,9 +808,8 @@ class EagerSwiGLU(torch.autograd.Function):
 # Named after the module, in letters, digits and underscores as PyTorch wants it
 @torch.library.custom_op(re.sub(r"\W|^(?=\d)", "_", __name__, flags=re.ASCII) + "::swiglu", mutates_args=())
 def swiglu_op(
-    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, choice: str,
-    x_scale: torch.Tensor | None = None, gate_scale: torch.Tensor | None = None, up_scale: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, choice: str, x_scale: torch.Tensor | None,
+    gate_scale: torch.Tensor | None, up_scale: torch.Tensor | None, out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _refuse_forward_mode()  # PyTorch would take it for zero. Whether any is wanted cannot be seen here
     y, gate_up = _forward(x, w_gate, w_up, keep, choice, x_scale, gate_scale, up_scale, out_dtype)
@@ -860,7 +817,7 @@ def swiglu_op(
 
 
 @swiglu_op.register_fake
-def _(x, w_gate, w_up, keep, choice, x_scale=None, gate_scale=None, up_scale=None, out_dtype=None):
+def _(x, w_gate, w_up, keep, choice, x_scale, gate_scale, up_scale, out_dtype):
     rows, N = x.shape[:-1], w_gate.shape[1]
     return x.new_empty((*rows, N), dtype=out_dtype), x.new_empty((math.prod(rows) if keep else 0, 2 * N))
 
@@ -876,9 +833,8 @@ def _(*_):
 
 def _autocast(t, dtype, dispatched):
     """t in autocast's dtype, as F.linear has it. On a GPU einsum casts, a parameter once for all calls in a region."""
-    if not t.is_floating_point() or t.dtype == torch.float64:
-        return t
-    if dispatched:
+    dtype = dtype if t.is_floating_point() and t.dtype != torch.float64 else t.dtype
+    if dispatched or t.dtype == dtype:
         return t.to(dtype)
     parameter = t if t._base is None else t._base  # of weight.t(), behind which autocast does not look
     if parameter.is_leaf and (t is parameter or (parameter.dim() == 2 and t.is_set_to(parameter.t()))):
@@ -895,33 +851,31 @@ def fused_swiglu(
     Args:
         x: (..., K), bfloat16, float16, float32 or float8_e4m3fn. Copied only where its leading dimensions do not
             collapse into one.
-        w_gate, w_up: (K, N), of x's dtype and on its device, any strides, never copied. `weight.t()` of an nn.Linear.
-            In float8 they must lie as there, (N, K) in memory.
+        w_gate, w_up: (K, N), of x's dtype and on its device, never copied. Any strides, in float8 only those that
+            `weight.t()` of an nn.Linear has.
         scales: in float8, (x_scale, gate_scale, up_scale) of float32, by which x @ w_gate and x @ w_up are multiplied.
             Each is one number, or (..., 1) for x and (N,) or (1, N) for a weight. None: ones.
         out_dtype: in float8, the result's dtype: bfloat16 unless given, or float16 or float32.
         recompute: False keeps `x @ w_gate` and `x @ w_up` for a backward pass, 2 * N numbers for each row. True keeps
             nothing beyond the arguments, and computes these two products again.
         autotune: whether the first call with a new N, K, dtype, layout or power of two of rows may time the usable
-            configurations, which takes some seconds once: Triton keeps the result on disk. With False, and in a call
-            first made under CUDA-graph capture, the default configuration serves.
+            configurations, some seconds, whose result Triton keeps on disk. Else, and in a call first made under
+            CUDA-graph capture, the default configuration serves.
         batch_invariant: whether a row of the result has the same bits however many other rows there are: one
             configuration, not tuned, serves every M, and few rows take longer. For one device, dtype, K, N and layout,
             x contiguous and aligned to 16 bytes, and not for gradients.
 
     Returns:
         (..., N), contiguous, in x's dtype or out_dtype. Sums and SiLU are in float32; on NVIDIA, float32 products are
-        rounded to tf32 where PyTorch's settings have torch.mm do so. Differentiable once in all three; only gradients
-        that are required are computed, the weights' lie in memory as both weights do. torch.autocast casts as for
-        F.linear, but no x in float8. That has no gradients, and Hopper's tensor cores add its products with fewer bits
-        than float32 has, as for torch._scaled_mm(use_fast_accum=True): errors of 4.8e-3 to 5.8e-3 at K = 14336, the
-        naive form's being 3.8e-3 to 5.7e-3 (H200).
+        rounded to tf32 where PyTorch's settings have torch.mm do so. Differentiable once in all three, not in float8:
+        only required gradients are computed, the weights' lie in memory as both weights do. torch.autocast casts as
+        for F.linear, but no x in float8. Hopper's tensor cores add float8 products with few bits, as torch._scaled_mm
+        with use_fast_accum: errors up to 5.8e-3 at K = 14336, up to 5.7e-3 by the naive form.
 
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.
         NotImplementedError: under torch.vmap or forward-mode AD, or in a backward pass with create_graph=True.
-        RuntimeError: no configuration works here (one that fails is left out with a warning), or Triton's cache folder
-            cannot be used.
+        RuntimeError: no configuration works here (one that fails is left out with a warning), or no cache folder.
     """
     for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
         if not isinstance(t, torch.Tensor):

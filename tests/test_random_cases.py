@@ -35,7 +35,10 @@ MUTANTS = {
     "one stride for both weights": ("SAME_STRIDE_K else tl.where(is_up, stride_uk, stride_gk)", "True else 0"),
     "one row's scale for all": ("x_scale_ptr + offs_m * stride_sx", "x_scale_ptr + offs_m * 0"),
     "gate's scale for up": ("up_scale_ptr + offs_n * stride_su", "gate_scale_ptr + offs_n * stride_sg"),
-    "rounded before SiLU": ("y = silu_mul(gate, up)", "y = silu_mul(gate.to(tl.float16).to(tl.float32), up)"),
+    "rounded before SiLU": (
+        "gate, up, scales, offs_m, offs_n, M, N)\n        tl.store(",
+        "gate.to(tl.float16).to(tl.float32), up, scales, offs_m, offs_n, M, N)\n        tl.store(",
+    ),
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
     "a wrong derivative": ("dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))", "dgate = dy * up * sigmoid"),
     "dup left out of dx": ("dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t())", "dx = torch.mm(dgate, w_gate.t())"),
@@ -50,7 +53,10 @@ HOPPER_MUTANTS = {
     "the left half of a tile twice": ("pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)", "pid_n * TILE_N"),
     "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
     "both consumers store the same rows": ("(off_m + CONSUMER * ROWS, off_n", "(off_m, off_n"),
-    "gate and up exchanged": ("hopper_store(silu_mul(gate, up)", "hopper_store(silu_mul(up, gate)"),
+    "gate and up exchanged": (
+        "gate, up, scales, offs_m, offs_n, M, N)\n            hopper_store(",
+        "up, gate, scales, offs_m, offs_n, M, N)\n            hopper_store(",
+    ),
     "gate kept in place of up": ("hopper_store(up, up_desc", "hopper_store(gate, up_desc"),
     "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
     "stages free too early": ("mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
