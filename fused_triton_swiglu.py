@@ -449,13 +449,14 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernels above
 MAX_STEP = 2**40  # bytes: a descriptor's strides are below
 RESULT_DTYPES, FLOAT8 = (torch.bfloat16, torch.float16, torch.float32), torch.float8_e4m3fn
-NOT_FLOAT8 = None, None, None, None  # in place of what _float8_arguments returns
+ARGUMENTS = "x", "w_gate", "w_up", "x_scale", "gate_scale", "up_scale"
+NOT_FLOAT8 = None, None, None, None  # in place of the scales and out_dtype
 PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter  # and no subclass of theirs
 
 
-def _check(x, w_gate, w_up):
+def _check(x, w_gate, w_up, *of_float8):
     """Raise for what fused_swiglu does not take. What it reads of dense tensors is in _launch_key: once is enough."""
-    for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
+    for name, t in zip(ARGUMENTS, (x, w_gate, w_up), strict=False):
         if t.dtype not in (*RESULT_DTYPES, FLOAT8):
             raise TypeError(f"{name} is {t.dtype}: expected one of {(*RESULT_DTYPES, FLOAT8)}")
         if (t.dtype, t.device) != (x.dtype, x.device):
@@ -471,33 +472,17 @@ def _check(x, w_gate, w_up):
         raise ValueError(f"w_gate is {shape}, but x is {tuple(x.shape)}: w_gate must be (K, N), with K = {K}")
     if w_up.shape != w_gate.shape:
         raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be (K, N)")
-
-
-def _float8_arguments(x, w_gate, w_up, scales, out_dtype):
-    """A scale for each row of x and column of the weights, one number being repeated by a stride of 0; out_dtype."""
-    _check(x, w_gate, w_up)
-    if x.dtype != FLOAT8:
-        raise ValueError(f"scales or out_dtype were given, but x is {x.dtype}: they are for {FLOAT8}")
+    *scales, out_dtype = of_float8
     if out_dtype not in (None, *RESULT_DTYPES):
         raise ValueError(f"out_dtype is {out_dtype}: expected one of {RESULT_DTYPES}")
-    (K, N), along_k = w_gate.shape, (w_gate.stride(0), w_up.stride(0))
-    if K > 1 and along_k != (1, 1):
-        raise ValueError(f"w_gate and w_up have strides {along_k} along K: in float8 expected 1, (N, K) in memory")
-    if scales is not None and not (isinstance(scales, (tuple, list)) and len(scales) == 3):
-        raise ValueError("scales must be three tensors: of x, w_gate and w_up")
-    vectors, shapes = [], {"x_scale": (*x.shape[:-1], 1), "gate_scale": (1, N), "up_scale": (1, N)}
-    for (name, shape), t in zip(shapes.items(), scales or (), strict=False):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
-        right_shape = t.numel() == 1 or t.shape == shape or (1, *t.shape) == shape
+    if x.dtype == FLOAT8 and K > 1 and not w_gate.stride(0) == w_up.stride(0) == 1:
+        raise ValueError(f"w_gate, w_up have strides {w_gate.stride()}, {w_up.stride()}: expected 1 along K in float8")
+    for name, t in zip(ARGUMENTS[3:], () if scales[0] is None else scales, strict=False):
+        wanted = (*x.shape[:-1], 1) if name == "x_scale" else (1, shape[1])
+        right_shape = t.numel() == 1 or wanted in (t.shape, (1, *t.shape))
         if not right_shape or (t.dtype, t.device) != (torch.float32, x.device):
             what = f"{tuple(t.shape)}, {t.dtype} on {t.device}"
-            raise ValueError(f"{name} is {what}: expected {shape} or one number, torch.float32 on {x.device}")
-        vectors.append(t.reshape(-1).expand(math.prod(shape)))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate, w_up, *vectors)):
-        raise NotImplementedError("fused_swiglu has no gradient in float8: call it under torch.no_grad()")
-    _refuse_forward_mode()
-    return *(vectors or NOT_FLOAT8[:3]), out_dtype or torch.bfloat16
+            raise ValueError(f"{name} is {what}: expected {wanted} or one number, torch.float32 on {x.device}")
 
 
 def _needs_dispatcher(*tensors):
@@ -552,14 +537,14 @@ _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at 
 
 def _launch_key(x, w_gate, w_up, keep, choice, *of_float8):
     """All that the checks, the choice of a configuration and Triton's specialization depend on."""
-    distance = w_up.data_ptr() - w_gate.data_ptr()
+    distance, scales = w_up.data_ptr() - w_gate.data_ptr(), () if of_float8[0] is None else of_float8[:3]
     return (
         x.shape, w_gate.shape, w_up.shape, x.stride(), w_gate.stride(), w_up.stride(),
         x.dtype, w_gate.dtype, w_up.dtype, x.device, w_gate.device, w_up.device,
         x.data_ptr() % 16, w_gate.data_ptr() % 16, w_up.data_ptr() % 16,
         0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice,
         x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # by all of PyTorch's settings
-        of_float8[3], *((t.stride(0), t.data_ptr() % 16) for t in (() if of_float8[0] is None else of_float8[:3])),
+        of_float8[3], *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in scales),
     )  # fmt: skip
 
 
@@ -582,7 +567,7 @@ def _forward(x, w_gate, w_up, keep, choice, *of_float8):
     *scales, out_dtype = of_float8
     launch = _launchers.get(key)
     if launch is None:
-        _check(x, w_gate, w_up)
+        _check(x, w_gate, w_up, *of_float8)
     K, N = w_gate.shape
     y = x.new_empty((*x.shape[:-1], N), dtype=out_dtype)
     gate_up = x.new_empty((math.prod(x.shape[:-1]), 2 * N)) if keep else None
@@ -592,6 +577,8 @@ def _forward(x, w_gate, w_up, keep, choice, *of_float8):
         in_float32 = _forward(x.float(), w_gate.float(), w_up.float(), keep, choice, *scales, None)
         return tuple(t if t is None else t.to(y.dtype) for t in in_float32)
     rows = x if x.dim() == 2 else x.reshape(-1, K)  # a copy where leading dimensions do not collapse
+    if x.dim() != 2 and scales[0] is not None:
+        scales[0] = scales[0].reshape(-1, 1)
     with torch.cuda.device_of(x):
         if launch is not None:
             launch(rows, w_gate, w_up, y, gate_up, *scales)
@@ -600,6 +587,11 @@ def _forward(x, w_gate, w_up, keep, choice, *of_float8):
         else:
             _first_launch(key, _launch, choice, rows, w_gate, w_up, y, gate_up, *scales)
     return y, gate_up
+
+
+def _scale_strides(*scales):
+    """From one row of x to the next, and from one column of each weight. One number serves all."""
+    return [0 if t is None or t.numel() == 1 else t.stride(dim) for t, dim in zip(scales, (0, -1, -1), strict=True)]
 
 
 def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
@@ -616,7 +608,7 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
             gluon = None
             warnings.warn(f"fused_swiglu goes on without its kernel for Hopper, slower: {_brief(error)}", stacklevel=2)
     tma = tma_operands(x, w_gate, w_up, device)
-    strides = *x.stride(), *w_gate.stride(), *w_up.stride(), *(0 if t is None else t.stride(0) for t in scales)
+    strides = *x.stride(), *w_gate.stride(), *w_up.stride(), *_scale_strides(*scales)
     along_k = x.stride(1), w_gate.stride(0), w_up.stride(0)
     kind, precision = f"{8 * x.element_size()}-bit", "ieee"
     if kind == "32-bit":
@@ -670,7 +662,7 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
 def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
     """_launch by swiglu_kernel_hopper."""
     (M, K), N, stride_xm = x.shape, w_gate.shape[1], x.stride(0)
-    strides = [0 if t is None else t.stride(0) for t in scales]
+    strides = _scale_strides(*scales)
 
     def matrix(t, shape, stride, box_rows):
         size = t.element_size()
@@ -851,8 +843,7 @@ def fused_swiglu(
     Args:
         x: (..., K), bfloat16, float16, float32 or float8_e4m3fn. Copied only where its leading dimensions do not
             collapse into one.
-        w_gate, w_up: (K, N), of x's dtype and on its device, never copied. Any strides, in float8 only those that
-            `weight.t()` of an nn.Linear has.
+        w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides, in float8 those of `linear.weight.t()`
         scales: in float8, (x_scale, gate_scale, up_scale) of float32, by which x @ w_gate and x @ w_up are multiplied.
             Each is one number, or (..., 1) for x and (N,) or (1, N) for a weight. None: ones.
         out_dtype: in float8, the result's dtype: bfloat16 unless given, or float16 or float32.
@@ -877,13 +868,21 @@ def fused_swiglu(
         NotImplementedError: under torch.vmap or forward-mode AD, or in a backward pass with create_graph=True.
         RuntimeError: no configuration works here (one that fails is left out with a warning), or no cache folder.
     """
-    for name, t in (("x", x), ("w_gate", w_gate), ("w_up", w_up)):
+    scales = () if scales is None else scales
+    if not isinstance(scales, (tuple, list)) or len(scales) not in (0, 3):
+        raise ValueError("scales must be three tensors: of x, w_gate and w_up")
+    for name, t in zip(ARGUMENTS, (x, w_gate, w_up, *scales), strict=False):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
     of_float8 = NOT_FLOAT8
-    if x.dtype == FLOAT8 or scales is not None or out_dtype is not None:
-        of_float8 = _float8_arguments(x, w_gate, w_up, scales, out_dtype)
-    dispatched, device = _needs_dispatcher(x, w_gate, w_up, *(scales or ())), x.device.type
+    if x.dtype == FLOAT8:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate, w_up, *scales)):
+            raise NotImplementedError("fused_swiglu has no gradient in float8: call it under torch.no_grad()")
+        _refuse_forward_mode()
+        of_float8 = *(scales or NOT_FLOAT8[:3]), out_dtype or torch.bfloat16
+    elif scales or out_dtype is not None:
+        raise ValueError(f"scales or out_dtype were given, but x is {x.dtype}: they are for {FLOAT8}")
+    dispatched, device = _needs_dispatcher(x, w_gate, w_up, *scales), x.device.type
     cast = x, w_gate, w_up
     if x.dtype != FLOAT8 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -893,7 +892,7 @@ def fused_swiglu(
     keep = needs_grad and not (recompute or torch.compiler._is_exporting_flag or torch.jit.is_tracing())
     choice = ONE_FOR_ALL_M if batch_invariant else TUNED if autotune else DEFAULT
     if dispatched:
-        _check(*cast)
+        _check(*cast, *of_float8)
         return swiglu_op(*cast, keep, choice, *of_float8)[0]
     if needs_grad or torch.autograd.forward_ad._current_level >= 0:  # float8 has been refused then
         return EagerSwiGLU.apply(x, w_gate, w_up, cast, (keep, choice, *of_float8))

@@ -117,7 +117,7 @@ REFUSED = [
     (dict(scales=(XS.view(-1), GS, US)), ValueError, "x_scale is (4,), torch.float32 on "),
     (dict(scales=(XS, GS.t(), US)), ValueError, "gate_scale is (6, 1), torch.float32 on "),
     (dict(out_dtype=FLOAT8), ValueError, "out_dtype is torch.float8_e4m3fn: expected one of (torch.bfloat16, "),
-    (dict(w_gate=G.contiguous()), ValueError, "w_gate and w_up have strides (6, 1) along K: in float8 expected 1, "),
+    (dict(w_gate=G.contiguous()), ValueError, "w_gate, w_up have strides (6, 1), (1, 8): expected 1 along K"),
     (dict(scales=(XS, GS, US.clone().requires_grad_())), NotImplementedError, "has no gradient in float8"),
     (dict(x=X.clone().requires_grad_()), NotImplementedError, "has no gradient in float8: call it under torch.no_grad"),
     (dict(x=X.float(), w_gate=G.float(), w_up=U.float(), scales=(XS, GS, US)), ValueError, "but x is torch.float32"),
