@@ -61,8 +61,16 @@ HOPPER_MUTANTS = {
     "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
     "stages free too early": ("mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
 }
-# First those that find the mutants soonest in the interpreter
-RUN = f"from random_cases import draw, run_case\nfor number in (6, 21, 9, *range({CASES})): run_case(draw(number))"
+# First those that find the mutants soonest: in the interpreter; and on Hopper some tiles for each program, as a stage that
+# is free too early shows only where loads run ahead of an epilogue.
+RUN = f"""
+from random_cases import DEVICE, draw, run_case
+large = dict(M=3000, K=1024, N=6144, dtype="bfloat16", x="contiguous", blocks=1, choice="default", scales=None)
+for weights in ("transposed", "contiguous") if DEVICE == "cuda" else ():
+    run_case(draw(6)._replace(w_gate=weights, w_up=weights, **large))
+for number in (6, 21, 9, *range({CASES})):
+    run_case(draw(number))
+"""
 FOUND = "\nAssertionError: ", "CUDA error", "modified by an inplace operation"
 
 
