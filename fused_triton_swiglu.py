@@ -135,13 +135,13 @@ def grouped_tile(tile, num_pid_m, num_pid_n):
 
 @triton.jit
 def silu_mul(gate, up, scales, offs_m, offs_n, M, N):
-    """silu(gate) * up in fp32, in float8 each before times x's scale of its row and the weight's of its column."""
+    """silu(gate) * up in fp32, both first multiplied by the scales of x's rows and the weights' columns, if any."""
     x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su = scales
     if x_scale_ptr is not None:
         offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
         x_scale = tl.load(x_scale_ptr + offs_m * stride_sx, mask=offs_m < M)[:, None]
-        gate *= x_scale * tl.load(gate_scale_ptr + offs_n * stride_sg, mask=offs_n < N)[None, :]
-        up *= x_scale * tl.load(up_scale_ptr + offs_n * stride_su, mask=offs_n < N)[None, :]
+        gate = gate * x_scale * tl.load(gate_scale_ptr + offs_n * stride_sg, mask=offs_n < N)[None, :]
+        up = up * x_scale * tl.load(up_scale_ptr + offs_n * stride_su, mask=offs_n < N)[None, :]
     return gate / (1 + tl.exp(-gate)) * up
 
 
@@ -155,7 +155,7 @@ def round_to_tf32(a):
 def tf32_parts(a):
     """fp32 numbers as the sum of two: one rounded to the 10 bits that a tensor core takes, and the rest."""
     bits = a.to(tl.int32, bitcast=True)
-    # Not rounded up to infinity. And infinity's rest is NaN
+    # The largest are not rounded up to infinity, nor a NaN to -0. Infinity's rest is NaN, see dot_tf32x3
     big = ((bits + tl.where(tl.abs(a) < 3.4e38, 0x1000, 0)) & -0x2000).to(tl.float32, bitcast=True)
     return big, a - big
 
@@ -173,14 +173,13 @@ def dot_tf32x3(a, b, acc):
 
 def _descriptors(args):
     """Of x (M, K), and of both weights (2, N, K): the second lies a fixed distance behind the first in memory."""
-    x_desc = w_desc = None
-    N, K, BLOCK_N, BLOCK_K = args["N"], args["K"], args["BLOCK_N"], args["BLOCK_K"]
+    x, x_desc, w_desc = args["x_ptr"], None, None
     if args["TMA"]:
-        x_desc = TensorDescriptor(args["x_ptr"], [args["M"], K], [args["stride_xm"], 1], [args["BLOCK_M"], BLOCK_K])
+        x_desc = TensorDescriptor(x, [*x.shape], [*x.stride()], [args["BLOCK_M"], args["BLOCK_K"]])
     if args["TMA"] == "xw":
         first, second = sorted((args["w_gate_ptr"], args["w_up_ptr"]), key=torch.Tensor.data_ptr)
-        distance = (second.data_ptr() - first.data_ptr()) // first.element_size()
-        w_desc = TensorDescriptor(first, [2, N, K], [distance, args["stride_gn"], 1], [2, BLOCK_N, BLOCK_K])
+        strides = [(second.data_ptr() - first.data_ptr()) // first.element_size(), first.stride(1), 1]
+        w_desc = TensorDescriptor(first, [2, *first.shape[::-1]], strides, [2, args["BLOCK_N"], args["BLOCK_K"]])
     return x_desc, w_desc
 
 
@@ -283,117 +282,106 @@ try:
 except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
     gluon = None
 
-TILE_M, TILE_N = tl.constexpr(128), tl.constexpr(128)  # for every M; see hopper_range
+TILE_M, TILE_N = tl.constexpr(128), tl.constexpr(128)  # for every M; see hopper_role
 STAGES = tl.constexpr(4)  # of 128 bytes along K, 48 KB each. With y they fill the shared memory
 CONSUMERS, ROWS = tl.constexpr(2), tl.constexpr(64)  # of four warps; a tile's rows for each, as many as wgmma has
-# 168 registers for each thread of 12 warps, the producer's counting as four: it hands most of them to the consumers.
+# 168 registers for each thread of 12 warps, the producer's one counting as four: it keeps 24, a consumer gets 240.
 HOPPER_OPTIONS = {"num_warps": 4, "maxnreg": 168} | FP_FUSION
+
+# What the functions below share: descriptors, buffers, two barriers for each stage, and swiglu_kernel's scales
+Shared = namedtuple(
+    "Shared",
+    "x_desc w_gate_desc w_up_desc y_desc gate_desc up_desc x_buffers w_buffers y_buffers full empty scales M N K",
+)
 
 if gluon:
 
     @gluon.jit
-    def hopper_range(M, N, PARTS: gl.constexpr):
-        """This program's range of whole tiles (PARTS = 1) or of halves (PARTS = 2): its first one, and the end."""
-        tiles = gl.cdiv(M, TILE_M) * gl.cdiv(N, TILE_N)
-        # A last wave that would keep at most half of the programs busy goes in halves: 195 -> 175 us at M = 512.
-        last_wave = tiles % gl.num_programs(0)
-        whole = tiles - gl.where(2 * last_wave > gl.num_programs(0), 0, last_wave)
-        return gl.program_id(0) + (PARTS - 1) * 2 * whole, whole if PARTS == 1 else 2 * tiles
-
-    @gluon.jit
-    def hopper_offsets(part, M, N, PARTS: gl.constexpr):
-        """Where a tile, or a half of one, begins: off_m, off_n."""
-        pid_m, pid_n = grouped_tile(part // PARTS, gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N))
-        return pid_m * TILE_M, pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)
-
-    @gluon.jit
-    def hopper_load(step, tensors, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
-        """Load what this program's tiles need. `step` counts stages through all tiles, and is returned."""
-        x_desc, w_gate_desc, w_up_desc, _, _, _, x_buffers, w_buffers, _, full, empty, _, M, N, K = tensors
+    def hopper_load(step, off_m, off_n, s, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
+        """Load what a tile, or one of its PARTS, needs. `step` counts stages through all tiles, and is returned."""
         BOXES: gl.constexpr = TILE_N // PARTS // BOX  # of each weight in a stage: those of w_gate, then those of w_up
-        BOX_K: gl.constexpr = x_buffers.shape[2]
-        first, end = hopper_range(M, N, PARTS)
-        for part in range(first, end, gl.num_programs(0)):
-            off_m, off_n = hopper_offsets(part, M, N, PARTS)
-            for k in range(0, K, BOX_K):
-                stage = step % STAGES
-                ready = full.index(stage)
-                # The phase before the first counts as done, so the first round of stages is free at once.
-                mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
-                mbarrier.expect(ready, x_desc.block_type.nbytes + 2 * BOXES * w_gate_desc.block_type.nbytes)
-                tma_load(x_desc, [off_m, k], ready, x_buffers.index(stage))
-                for i in gl.static_range(BOXES):
-                    box = stage * (2 * TILE_N // BOX) + i
-                    where = (k, off_n + i * BOX) if ROW_MAJOR else (off_n + i * BOX, k)
-                    tma_load(w_gate_desc, where, ready, w_buffers.index(box))
-                    tma_load(w_up_desc, where, ready, w_buffers.index(box + BOXES))
-                step += 1
+        BOX_K: gl.constexpr = s.x_buffers.shape[2]
+        for k in range(0, s.K, BOX_K):
+            stage = step % STAGES
+            ready = s.full.index(stage)
+            # The phase before the first counts as done, so the first round of stages is free at once.
+            mbarrier.wait(s.empty.index(stage), step // STAGES & 1 ^ 1)
+            mbarrier.expect(ready, s.x_desc.block_type.nbytes + 2 * BOXES * s.w_gate_desc.block_type.nbytes)
+            tma_load(s.x_desc, [off_m, k], ready, s.x_buffers.index(stage))
+            for i in gl.static_range(BOXES):
+                box = stage * (2 * TILE_N // BOX) + i
+                where = (k, off_n + i * BOX) if ROW_MAJOR else (off_n + i * BOX, k)
+                tma_load(s.w_gate_desc, where, ready, s.w_buffers.index(box))
+                tma_load(s.w_up_desc, where, ready, s.w_buffers.index(box + BOXES))
+            step += 1
         return step
 
     @gluon.jit
     def hopper_store(values, desc, buffers, off_m, off_n, CONSUMER: gl.constexpr):
         """Round and store one consumer's rows, through shared memory."""
         WIDTH: gl.constexpr = values.shape[1]
-        FIRST_BOX: gl.constexpr = CONSUMER * (TILE_N // BOX)
         wide = reinterpret(buffers, buffers.dtype, [buffers.shape[0] * BOX // WIDTH, ROWS, WIDTH], buffers.layout)
-        values = values.to(desc.dtype)
         tma.store_wait(0)  # what was stored before has left the buffer
-        wide.index(FIRST_BOX * BOX // WIDTH).store(values)
+        wide.index(CONSUMER * (TILE_N // WIDTH)).store(values.to(desc.dtype))
         hopper.fence_async_shared()
         for i in gl.static_range(WIDTH // BOX):
-            tma_store(desc, (off_m + CONSUMER * ROWS, off_n + i * BOX), buffers.index(FIRST_BOX + i))
+            tma_store(desc, (off_m + CONSUMER * ROWS, off_n + i * BOX), buffers.index(CONSUMER * (TILE_N // BOX) + i))
 
     @gluon.jit
-    def hopper_compute(step, tensors, CONSUMER: gl.constexpr, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
-        """One consumer's rows of this program's tiles of y, and of gate and up where they are kept."""
-        _, _, _, y_desc, gate_desc, up_desc, x_buffers, w_buffers, y_buffers, full, empty, scales, M, N, K = tensors
+    def hopper_compute(step, off_m, off_n, s, CONSUMER: gl.constexpr, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
+        """One consumer's rows of a tile of y, or of one of its PARTS, and of gate and up where they are kept."""
         WIDTH: gl.constexpr = TILE_N // PARTS
-        BOX_K: gl.constexpr = x_buffers.shape[2]
+        BOX_K: gl.constexpr = s.x_buffers.shape[2]
         # The boxes of a stage lie one behind the other just as the swizzled layout of one wide operand has them, in
         # either layout of the weights: one wgmma of n = 2 * WIDTH, and no distance between the weights to describe.
         SHAPE_W: gl.constexpr = [STAGES * PARTS, BOX_K, 2 * WIDTH] if ROW_MAJOR else [STAGES * PARTS, 2 * WIDTH, BOX_K]
+        # wgmma takes 32 bytes of K, a quarter of a box.
         ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, BOX_K // 4])
-        w_operands = reinterpret(w_buffers, w_buffers.dtype, SHAPE_W, w_buffers.layout)
-        first, end = hopper_range(M, N, PARTS)
-        for part in range(first, end, gl.num_programs(0)):
-            off_m, off_n = hopper_offsets(part, M, N, PARTS)
+        w_operands = reinterpret(s.w_buffers, s.w_buffers.dtype, SHAPE_W, s.w_buffers.layout)
 
-            # ---- One K loop for both products ----
-            acc = gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC)
-            for k in range(0, K, BOX_K):
-                stage = step % STAGES
-                mbarrier.wait(full.index(stage), step // STAGES & 1)
-                x = x_buffers.index(stage).slice(CONSUMER * ROWS, ROWS)
-                w = w_operands.index(stage * PARTS)
-                w = w if ROW_MAJOR else w.permute([1, 0])
-                acc = hopper.warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
-                # The product before this one is done: its stage may be loaded again.
-                acc = hopper.warpgroup_mma_wait(1, [acc])
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
-                step += 1
-            acc = hopper.warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        # ---- One K loop for both products ----
+        acc = gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC)
+        for k in range(0, s.K, BOX_K):
+            stage = step % STAGES
+            mbarrier.wait(s.full.index(stage), step // STAGES & 1)
+            x = s.x_buffers.index(stage).slice(CONSUMER * ROWS, ROWS)
+            w = w_operands.index(stage * PARTS)
+            w = w if ROW_MAJOR else w.permute([1, 0])
+            acc = hopper.warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
+            # The product before this one is done: its stage may be loaded again.
+            acc = hopper.warpgroup_mma_wait(1, [acc])
+            mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+            step += 1
+        acc = hopper.warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES))
 
-            # ---- Epilogue ----
-            gate, up = acc.reshape([ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
-            offs_m = off_m + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, gate.type.layout))
-            offs_n = off_n + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
-            if gate_desc is not None:
-                hopper_store(gate, gate_desc, y_buffers, off_m, off_n, CONSUMER)
-                hopper_store(up, up_desc, y_buffers, off_m, off_n, CONSUMER)
-            y = silu_mul(gate, up, scales, offs_m, offs_n, M, N)
-            hopper_store(y, y_desc, y_buffers, off_m, off_n, CONSUMER)
+        # ---- Epilogue ----
+        gate, up = acc.reshape([ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
+        offs_m = off_m + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, gate.type.layout))
+        offs_n = off_n + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
+        if s.gate_desc is not None:
+            hopper_store(gate, s.gate_desc, s.y_buffers, off_m, off_n, CONSUMER)
+            hopper_store(up, s.up_desc, s.y_buffers, off_m, off_n, CONSUMER)
+        y = silu_mul(gate, up, s.scales, offs_m, offs_n, s.M, s.N)
+        hopper_store(y, s.y_desc, s.y_buffers, off_m, off_n, CONSUMER)
         return step
 
     @gluon.jit
-    def hopper_role(tensors, ROLE: gl.constexpr, ROW_MAJOR: gl.constexpr):
-        """What a group of warps does: a consumer by its number, or after these the producer."""
-        step = 0
+    def hopper_role(s, ROLE: gl.constexpr, ROW_MAJOR: gl.constexpr):
+        """What a group of warps does: a consumer, by its number, or after these the producer."""
+        num_pid_m, num_pid_n = gl.cdiv(s.M, TILE_M), gl.cdiv(s.N, TILE_N)
+        tiles, programs, step = num_pid_m * num_pid_n, gl.num_programs(0), 0
+        # A last wave that would keep at most half of the programs busy goes in halves: 195 -> 175 us at M = 512.
+        whole = tiles - gl.where(2 * (tiles % programs) > programs, 0, tiles % programs)
         for PARTS in gl.static_range(1, 3):  # first whole tiles, then halves
-            if ROLE == CONSUMERS:
-                step = hopper_load(step, tensors, PARTS, ROW_MAJOR)
-            else:
-                step = hopper_compute(step, tensors, ROLE, PARTS, ROW_MAJOR)
+            first, end = (0, whole) if PARTS == 1 else (2 * whole, 2 * tiles)
+            for part in range(first + gl.program_id(0), end, programs):
+                pid_m, pid_n = grouped_tile(part // PARTS, num_pid_m, num_pid_n)
+                off_m, off_n = pid_m * TILE_M, pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)
+                if ROLE == CONSUMERS:
+                    step = hopper_load(step, off_m, off_n, s, PARTS, ROW_MAJOR)
+                else:
+                    step = hopper_compute(step, off_m, off_n, s, ROLE, PARTS, ROW_MAJOR)
         tma.store_wait(0)  # the shared memory must outlive the stores that read it
 
     @gluon.jit(do_not_specialize=["M", "N", "K"])
@@ -404,7 +392,7 @@ if gluon:
         """As swiglu_kernel. Weights lie (N, K) in memory, with ROW_MAJOR (K, N). gate_desc and up_desc may be None.
 
         One warp loads, two consumers of four warps compute, joined by no barrier: one keeps the tensor cores busy while
-        the other is in its epilogue (705 -> 676 us at M = 2048; in float8, M = 512, 109 by swiglu_kernel -> 96, H200).
+        the other, up to STAGES behind, is in its epilogue (705 -> 676 us at M = 2048 against one of eight warps).
         """
         scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
         BOX_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -417,14 +405,15 @@ if gluon:
             mbarrier.init(full.index(stage), count=1)
             mbarrier.init(empty.index(stage), count=CONSUMERS)
         hopper.fence_async_shared()
-        tensors = (
+        s = Shared(
             x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc,
             x_buffers, w_buffers, y_buffers, full, empty, scales, M, N, K,
         )  # fmt: skip
         gl.warp_specialize(
-            [(hopper_role, (tensors, 0, ROW_MAJOR)), (hopper_role, (tensors, 1, ROW_MAJOR)),
-             (hopper_role, (tensors, 2, ROW_MAJOR))], worker_num_warps=[4, 1], worker_num_regs=[240, 24],
-        )  # fmt: skip
+            [(hopper_role, (s, 0, ROW_MAJOR)), (hopper_role, (s, 1, ROW_MAJOR)), (hopper_role, (s, 2, ROW_MAJOR))],
+            worker_num_warps=[4, 1],
+            worker_num_regs=[240, 24],
+        )
 
 
 # ---- Kernel for the backward pass ----
@@ -451,18 +440,21 @@ MAX_STEP = 2**40  # bytes: a descriptor's strides are below
 RESULT_DTYPES, FLOAT8 = (torch.bfloat16, torch.float16, torch.float32), torch.float8_e4m3fn
 ARGUMENTS = "x", "w_gate", "w_up", "x_scale", "gate_scale", "up_scale"
 NOT_FLOAT8 = None, None, None, None  # in place of the scales and out_dtype
+NO_GRADIENT = "fused_swiglu has no gradient in float8: call it under torch.no_grad()"
 PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter  # and no subclass of theirs
 
 
 def _check(x, w_gate, w_up, *of_float8):
-    """Raise for what fused_swiglu does not take. What it reads of dense tensors is in _launch_key: once is enough."""
-    for name, t in zip(ARGUMENTS, (x, w_gate, w_up), strict=False):
-        if t.dtype not in (*RESULT_DTYPES, FLOAT8):
-            raise TypeError(f"{name} is {t.dtype}: expected one of {(*RESULT_DTYPES, FLOAT8)}")
-        if (t.dtype, t.device) != (x.dtype, x.device):
-            raise ValueError(f"{name} is {t.dtype} on {t.device}, but x {x.dtype} on {x.device}: all must be alike")
+    """Raise for what fused_swiglu does not take. It reads what _launch_key holds, so one call with a key is enough."""
+    if x.dtype not in (*RESULT_DTYPES, FLOAT8):
+        raise TypeError(f"x is {x.dtype}: expected one of {(*RESULT_DTYPES, FLOAT8)}")
+    scales = () if of_float8[0] is None else of_float8[:3]
+    for name, t in zip(ARGUMENTS[: 3 + len(scales)], (x, w_gate, w_up, *scales), strict=True):
         if t.layout != torch.strided or t.is_nested:
             raise TypeError(f"{name} is {'nested' if t.is_nested else t.layout}: expected an ordinary, dense tensor")
+        wanted = torch.float32 if name.endswith("scale") else x.dtype
+        if (t.dtype, t.device) != (wanted, x.device):
+            raise ValueError(f"{name} is {t.dtype} on {t.device}: expected {wanted} on {x.device}")
         if t.device.type not in ("cuda", "meta") and not (INTERPRETED and t.device.type == "cpu"):
             raise ValueError(f"{name} is on {t.device}: expected a GPU (or the CPU with TRITON_INTERPRET=1)")
     if x.dim() < 1:
@@ -472,17 +464,12 @@ def _check(x, w_gate, w_up, *of_float8):
         raise ValueError(f"w_gate is {shape}, but x is {tuple(x.shape)}: w_gate must be (K, N), with K = {K}")
     if w_up.shape != w_gate.shape:
         raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be (K, N)")
-    *scales, out_dtype = of_float8
-    if out_dtype not in (None, *RESULT_DTYPES):
-        raise ValueError(f"out_dtype is {out_dtype}: expected one of {RESULT_DTYPES}")
     if x.dtype == FLOAT8 and K > 1 and not w_gate.stride(0) == w_up.stride(0) == 1:
         raise ValueError(f"w_gate, w_up have strides {w_gate.stride()}, {w_up.stride()}: expected 1 along K in float8")
-    for name, t in zip(ARGUMENTS[3:], () if scales[0] is None else scales, strict=False):
+    for name, t in zip(ARGUMENTS[3 : 3 + len(scales)], scales, strict=True):
         wanted = (*x.shape[:-1], 1) if name == "x_scale" else (1, shape[1])
-        right_shape = t.numel() == 1 or wanted in (t.shape, (1, *t.shape))
-        if not right_shape or (t.dtype, t.device) != (torch.float32, x.device):
-            what = f"{tuple(t.shape)}, {t.dtype} on {t.device}"
-            raise ValueError(f"{name} is {what}: expected {wanted} or one number, torch.float32 on {x.device}")
+        if wanted not in (t.shape, (1, *t.shape)) and t.numel() != 1:
+            raise ValueError(f"{name} is {tuple(t.shape)}: expected {wanted} or one number")
 
 
 def _needs_dispatcher(*tensors):
@@ -497,7 +484,7 @@ def _needs_dispatcher(*tensors):
 
 def _tma_takes(t):
     """Whether TMA can load from a matrix: the last dimension contiguous, all else in steps of 16 bytes."""
-    step, unit = t.stride(0) * t.element_size(), 16 * (t.element_size() if INTERPRETED else 1)  # 3.5: 16 elements
+    step, unit = t.stride(0) * t.element_size(), 16 * (t.element_size() if INTERPRETED else 1)  # as Triton 3.5's wants
     return t.stride(1) == 1 and t.data_ptr() % 16 == 0 and 0 < step < MAX_STEP and step % unit == 0
 
 
@@ -519,7 +506,7 @@ def hopper_layout(x, w_gate, w_up, device, any_m=False):
     possible = gluon is not None and not INTERPRETED and device.arch == 90 and x.element_size() <= 2
     if not possible or (few and not any_m) or N % 8 or not _tma_takes(x):  # y is stored by TMA
         return None
-    if x.element_size() == 2 and _tma_takes(w_gate) and _tma_takes(w_up):  # in float8 as well where K is 1
+    if x.element_size() == 2 and _tma_takes(w_gate) and _tma_takes(w_up):  # not float8, where K = 1 lies both ways
         return "row-major"
     return "linear" if _tma_takes(w_gate.t()) and _tma_takes(w_up.t()) else None
 
@@ -528,8 +515,8 @@ TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"  # how a con
 UNUSABLE = triton.errors.TritonError, RuntimeError, TypeError, AttributeError  # a kernel does not compile or load here
 FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors as well, but not the kernel's fault
 
-# _launch_key -> what launches the compiled kernel again, or None: a call takes the host 23 us, eager PyTorch 43 to 50,
-# one through the autotuner 122 to 129 (M = 1, K = N = 512). The backward kernel's are here too.
+# _launch_key -> what launches the compiled kernel again, or None: a call takes half of eager PyTorch's host time, and a
+# fifth of one through the autotuner. The backward kernel's are here too.
 _launchers = {}
 MAX_LAUNCHERS = 4096  # of some KB each; a server meets every M there is
 _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at in itself
@@ -648,12 +635,12 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     if INTERPRETED:
         return None
     run, names = compiled[grid(config.kwargs)], swiglu_kernel.arg_names
-    by_name = dict(zip(names[names.index("M") :], scalars, strict=False)) | config.kwargs
     constants = (None,) * (len(names) - names.index("EVEN_K"))  # which the compiled kernel ignores
 
     def again(x, w_gate, w_up, *others):
-        pointers = {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up}
-        descriptors = _descriptors(by_name | pointers) if by_name["TMA"] else (None, None)
+        descriptors = None, None
+        if config.kwargs["TMA"]:
+            descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
         run(x, w_gate, w_up, *others, *scalars, *descriptors, *constants)
 
     return again
@@ -705,6 +692,8 @@ def _working(configs, launch):
 
 
 def _save_for_backward(ctx, inputs, output, overwrite=False):
+    if inputs[8] is not None:  # in an exported program, say
+        raise NotImplementedError(NO_GRADIENT)
     x, w_gate, w_up, keep, ctx.choice = inputs[:5]
     ctx.mark_non_differentiable(*(output[1:] if keep else ()))
     ctx.set_materialize_grads(False)  # or autograd would make zeros for gate_up's gradient
@@ -746,8 +735,7 @@ def _backward(ctx, dy, *_):
         return torch.mm(d.t(), rows).t() if ctx.linear else torch.mm(rows.t(), d)
 
     needs_x, needs_gate, needs_up = ctx.needs_input_grad[:3]
-    dgate, dup = d.chunk(2, 1)
-    dx = None
+    dx, (dgate, dup) = None, d.chunk(2, 1)
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
         if needs_x:
             add = torch.addmm if dispatched else torch.Tensor.addmm_  # which FlopCounterMode does not know
@@ -841,8 +829,7 @@ def fused_swiglu(
     """``silu(x @ w_gate) * (x @ w_up)`` in one kernel (Shazeer 2020, https://arxiv.org/abs/2002.05202).
 
     Args:
-        x: (..., K), bfloat16, float16, float32 or float8_e4m3fn. Copied only where its leading dimensions do not
-            collapse into one.
+        x: (..., K), bfloat16, float16, float32 or float8_e4m3fn, copied only where leading dimensions do not collapse.
         w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides, in float8 those of `linear.weight.t()`
         scales: in float8, (x_scale, gate_scale, up_scale) of float32, by which x @ w_gate and x @ w_up are multiplied.
             Each is one number, or (..., 1) for x and (N,) or (1, N) for a weight. None: ones.
@@ -853,8 +840,8 @@ def fused_swiglu(
             configurations, some seconds, whose result Triton keeps on disk. Else, and in a call first made under
             CUDA-graph capture, the default configuration serves.
         batch_invariant: whether a row of the result has the same bits however many other rows there are: one
-            configuration, not tuned, serves every M, and few rows take longer. For one device, dtype, K, N and layout,
-            x contiguous and aligned to 16 bytes, and not for gradients.
+            configuration, not tuned, serves every M, and few rows take longer. For one device, dtype of x and result,
+            K, N and layout, rows of x being K apart and aligned to 16 bytes, and not for gradients.
 
     Returns:
         (..., N), contiguous, in x's dtype or out_dtype. Sums and SiLU are in float32; on NVIDIA, float32 products are
@@ -868,16 +855,18 @@ def fused_swiglu(
         NotImplementedError: under torch.vmap or forward-mode AD, or in a backward pass with create_graph=True.
         RuntimeError: no configuration works here (one that fails is left out with a warning), or no cache folder.
     """
-    scales = () if scales is None else scales
-    if not isinstance(scales, (tuple, list)) or len(scales) not in (0, 3):
+    if scales is not None and not (isinstance(scales, (tuple, list)) and len(scales) == 3):
         raise ValueError("scales must be three tensors: of x, w_gate and w_up")
-    for name, t in zip(ARGUMENTS, (x, w_gate, w_up, *scales), strict=False):
+    scales = scales or ()
+    for name, t in zip(ARGUMENTS[: 3 + len(scales)], (x, w_gate, w_up, *scales), strict=True):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
     of_float8 = NOT_FLOAT8
     if x.dtype == FLOAT8:
+        if out_dtype not in (None, *RESULT_DTYPES):
+            raise ValueError(f"out_dtype is {out_dtype}: expected one of {RESULT_DTYPES}")
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate, w_up, *scales)):
-            raise NotImplementedError("fused_swiglu has no gradient in float8: call it under torch.no_grad()")
+            raise NotImplementedError(NO_GRADIENT)
         _refuse_forward_mode()
         of_float8 = *(scales or NOT_FLOAT8[:3]), out_dtype or torch.bfloat16
     elif scales or out_dtype is not None:

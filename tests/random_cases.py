@@ -5,9 +5,9 @@
     python tests/random_cases.py --case 1234                   one of them again
 
 A case is drawn from its number: sizes with a liking for tile edges, dtypes, strides, offsets, leading dimensions, what
-is kept. Every tensor, inputs and what the kernels fill, lies between guards of NaN, and so do the gaps that strides
-leave: a guard that is read spoils the result, one that is written is seen. The first case that is wrong ends the run,
-with the line that runs it again. float8 has no backward pass. Without a GPU: Triton's interpreter, on smaller sizes.
+is kept. Every tensor, inputs and what the kernels fill, and the gaps that strides leave, lie between guards of NaN: one
+that is read spoils the result, one that is written is seen. The first wrong case ends the run, with the line that runs
+it again. float8 has no backward pass. Without a GPU: Triton's interpreter, on smaller sizes.
 
 Gradients are cuBLAS's products. Version 13.1 leaves out the end of the sum in some small ones of 16-bit numbers (M =
 2561, K = 2824, N = 8): where torch.mm does so without any kernel of ours, the case counts under `cublas_faults`.
@@ -75,7 +75,8 @@ def draw(number):
     choice = rng.choices((fts.DEFAULT, fts.ONE_FOR_ALL_M, fts.TUNED), (300, 60, 1))[0]
     recompute, scales = rng.random() < 0.3, None
     if rng.random() < 0.2:
-        dtype, K, scales = "float8_e4m3fn", -(-K // 16) * 16 if plain else K, rng.choice((None, "numbers", "rows"))
+        dtype, scales = "float8_e4m3fn", rng.choice((None, "numbers", "mixed", "rows"))
+        K = -(-K // 16) * 16 if plain else K  # where descriptors apply
         w_gate, w_up = (rng.choice(("transposed", "transposed, padded")) for _ in range(2))
     return Case(number, M, K, N, dtype, x, w_gate, w_up, dy, blocks, precision, choice, recompute, scales)
 
@@ -158,8 +159,9 @@ def run_case(case):
     x, dy = x.view(*leading, K), dy.view(*leading, N)
     float8 = dtype == benchmark.FLOAT8
     inputs = [t.detach().requires_grad_(not float8) for t in (x, w_gate, w_up)]
-    shapes = {"rows": ((*leading, 1), (1, N), (1, N)), "numbers": ((), (), ())}.get(case.scales, ())
-    scales = [torch.rand(shape, device=DEVICE) + 0.5 for shape in shapes]
+    lengths = {"rows": (M, N, N), "numbers": (1, 1, 1), "mixed": (M, 1, N)}.get(case.scales, ())
+    scales = [guards.around((n,), (1 + i,), torch.float32, torch.rand(n) + 0.5) for i, n in enumerate(lengths)]
+    scales[:1] = [t.view(*leading, 1) if len(t) == M else t for t in scales[:1]]
     options = dict(recompute=case.recompute, autotune=case.choice == fts.TUNED, scales=scales or None)
     options |= dict(batch_invariant=case.choice == fts.ONE_FOR_ALL_M)
     torch.set_float32_matmul_precision(case.precision)
@@ -213,9 +215,7 @@ def main():
     parser.add_argument("--csv", type=Path, help="append a line about the run to this file")
     args = parser.parse_args()
     if args.case is not None:
-        print(case := draw(args.case))
-        print("right: error over limit {:.2f}, spoiled by cuBLAS: {}".format(*run_case(case)))
-        return
+        return print(case := draw(args.case), "right: error over limit {:.2f}, spoiled: {}".format(*run_case(case)))
 
     worst, faults, settled, start = 0.0, 0, (math.nan, math.nan), time.monotonic()
     for done in tqdm(itertools.count(), unit=" cases", disable=None):
@@ -229,16 +229,15 @@ def main():
         except Exception:
             print(f"{case}\nfailed. Again: python tests/random_cases.py --case {case.number}", file=sys.stderr)
             raise
-        worst, faults = max(worst, worst_here), faults + bool(spoiled)
+        worst, faults = max(worst, round(worst_here, 3)), faults + bool(spoiled)
         if spoiled:
             tqdm.write(f"cuBLAS spoils {', '.join(spoiled)}, by torch.mm alone as well: {case}")
     gpu_grown, host_grown = (now - before for now, before in zip(memory(), settled, strict=True))
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "none (Triton interpreter)"
     different, launchers = min(done, args.cycle or done), len(fts._launchers)
     summary = dict(gpu=gpu, torch=torch.__version__, triton=fts.triton.__version__, first=args.first)
-    summary |= dict(different_cases=different, cases=done, seconds=round(seconds))
-    summary |= dict(worst_error_over_limit=round(worst, 3), gpu_bytes_grown=gpu_grown, host_mib_grown=host_grown)
-    summary |= dict(launchers=launchers, cublas_faults=faults)
+    summary |= dict(different_cases=different, cases=done, seconds=round(seconds), worst_error_over_limit=worst)
+    summary |= dict(gpu_bytes_grown=gpu_grown, host_mib_grown=host_grown, launchers=launchers, cublas_faults=faults)
     print("\n".join(f"{name}: {value}" for name, value in summary.items()))
     if args.csv:
         pd.DataFrame([summary]).to_csv(args.csv, mode="a", index=False, header=not args.csv.exists())

@@ -24,7 +24,11 @@ def operands(M, K, N, recipe="rows"):
     if recipe == "numbers":
         scales = [scale.mean() for scale in scales]
     if recipe == "mixed":
-        scales = [scales[0].mean().view(1, 1), scales[1].view(-1), scales[2].mean()]
+        scales = [
+            torch.cat([scales[0]] * 2, dim=1)[:, 1:],
+            scales[1].view(-1).repeat_interleave(2)[::2],
+            scales[2].mean(),
+        ]
     return inputs, scales
 
 
@@ -111,14 +115,29 @@ def test_compile_and_export(dynamic):
 REFUSED = [
     (dict(scales=(XS, GS)), ValueError, "scales must be three tensors: of x, w_gate and w_up"),
     (dict(scales=XS), ValueError, "scales must be three tensors"),
-    (dict(scales=(XS, GS.half(), US)), ValueError, "gate_scale is (1, 6), torch.float16 on "),
+    (dict(scales=()), ValueError, "scales must be three tensors"),
+    (dict(scales=(XS, GS.half(), US)), ValueError, "gate_scale is torch.float16 on "),
     (dict(scales=(XS, GS, 1.0)), TypeError, "up_scale is a float: expected a torch.Tensor"),
-    (dict(scales=(XS.to("meta"), GS, US)), ValueError, "x_scale is (4, 1), torch.float32 on meta: expected (4, 1) or"),
-    (dict(scales=(XS.view(-1), GS, US)), ValueError, "x_scale is (4,), torch.float32 on "),
-    (dict(scales=(XS, GS.t(), US)), ValueError, "gate_scale is (6, 1), torch.float32 on "),
+    (dict(scales=(XS.to("meta"), GS, US)), ValueError, "x_scale is torch.float32 on meta: expected torch.float32 on "),
+    (dict(scales=(XS.to_sparse(), GS, US)), TypeError, "x_scale is torch.sparse_coo: expected an ordinary, dense "),
+    (dict(scales=(XS.view(-1), GS, US)), ValueError, "x_scale is (4,): expected (4, 1) or one number"),
+    (dict(scales=(XS, GS.t(), US)), ValueError, "gate_scale is (6, 1): expected (1, 6) or one number"),
+    (dict(scales=(XS, GS, US[:, 1:])), ValueError, "up_scale is (1, 5): expected (1, 6) or one number"),
     (dict(out_dtype=FLOAT8), ValueError, "out_dtype is torch.float8_e4m3fn: expected one of (torch.bfloat16, "),
-    (dict(w_gate=G.contiguous()), ValueError, "w_gate, w_up have strides (6, 1), (1, 8): expected 1 along K"),
+    (dict(out_dtype=0), ValueError, "out_dtype is 0: expected one of "),
+    (dict(w_gate=G.contiguous()), ValueError, "w_gate, w_up have strides (6, 1), (1, 8): expected 1 along K in float8"),
+    (dict(w_up=U.contiguous()), ValueError, "w_gate, w_up have strides (1, 8), (6, 1): expected 1 along K in float8"),
     (dict(scales=(XS, GS, US.clone().requires_grad_())), NotImplementedError, "has no gradient in float8"),
+    (
+        dict(scales=(XS, GS.clone().requires_grad_(), US)),
+        NotImplementedError,
+        "no gradient in float8: call it under torch",
+    ),
+    (
+        dict(w_up=U.clone().requires_grad_()),
+        NotImplementedError,
+        "no gradient in float8: call it under torch.no_grad()",
+    ),
     (dict(x=X.clone().requires_grad_()), NotImplementedError, "has no gradient in float8: call it under torch.no_grad"),
     (dict(x=X.float(), w_gate=G.float(), w_up=U.float(), scales=(XS, GS, US)), ValueError, "but x is torch.float32"),
     (dict(x=X.half(), w_gate=G.half(), w_up=U.half(), out_dtype=torch.float32), ValueError, "but x is torch.float16"),
@@ -138,9 +157,42 @@ def test_forward_mode_is_refused():
         fused_swiglu(X, G, U, scales=(scale, GS, US))
 
 
+def test_no_gradient_in_an_exported_program():
+    class Layer(torch.nn.Module):
+        def forward(self, x_scale):
+            return fused_swiglu(X, G, U, scales=(x_scale, GS, US))
+
+    exported = torch.export.export(Layer(), (XS,)).module()
+    with pytest.raises(NotImplementedError, match="no gradient in float8"):
+        exported(XS.clone().requires_grad_())
+
+
+def test_scales_as_they_come():
+    """Negated lazily, for x of one row more or less, and others at the next call of the same sizes."""
+    for x, x_scale in (
+        (X, XS),
+        (X, torch._neg_view(-XS)),
+        (X[None], XS),
+        (X[None], XS[None]),
+        (X, 2 * XS),
+        (X, XS[:1]),
+    ):
+        y = untuned(x, G, U, scales=(x_scale, GS, US))
+        assert y.shape == (*x.shape[:-1], 6)
+        assert relative_error(y, reference(x, G, U, scales=(x_scale, GS, US))) <= LIMITS[torch.bfloat16]
+
+
 def test_the_launch_key_tells_scales_apart():
-    rows, number = XS.view(-1), XS.mean().expand(4)
-    keys = {fts._launch_key(X, G, U, False, fts.DEFAULT, s, GS, US, torch.bfloat16) for s in (rows, number, rows + 1)}
-    keys.add(fts._launch_key(X, G, U, False, fts.DEFAULT, rows, GS, US, torch.float16))
-    keys.add(fts._launch_key(X, G, U, False, fts.DEFAULT, None, None, None, torch.bfloat16))
-    assert len(keys) == 4
+    narrow, offset = torch.cat([GS, GS], dim=1)[:, ::2], torch.cat([US, US], dim=1)[:, 1:7]
+    changed = [
+        (XS, GS, US),
+        (XS[:1], GS, US),
+        (XS.t(), GS, US),
+        (XS, narrow, US),
+        (XS, GS, offset),
+        (XS, GS.half(), US),
+    ]
+    changed += [(XS, GS, US.to("meta")), (None, None, None)]
+    keys = {fts._launch_key(X, G, U, False, fts.DEFAULT, *scales, torch.bfloat16) for scales in changed}
+    keys.add(fts._launch_key(X, G, U, False, fts.DEFAULT, XS, GS, US, torch.float16))
+    assert len(keys) == len(changed) + 1

@@ -34,6 +34,7 @@ MUTANTS = {
     "gate kept in place of up": ("tl.store(gate_ptrs + N, up.to", "tl.store(gate_ptrs + N, gate.to"),
     "one stride for both weights": ("SAME_STRIDE_K else tl.where(is_up, stride_uk, stride_gk)", "True else 0"),
     "one row's scale for all": ("x_scale_ptr + offs_m * stride_sx", "x_scale_ptr + offs_m * 0"),
+    "scales taken for contiguous": ("t.numel() == 1 else t.stride(dim)", "t.numel() == 1 else 1"),
     "gate's scale for up": ("up_scale_ptr + offs_n * stride_su", "gate_scale_ptr + offs_n * stride_sg"),
     "rounded before SiLU": (
         "gate, up, scales, offs_m, offs_n, M, N)\n        tl.store(",
@@ -47,22 +48,22 @@ MUTANTS = {
 }
 # None that hangs: the steps of loads and products stay the same in number.
 HOPPER_MUTANTS = {
-    "x from the next K tile": ("tma_load(x_desc, [off_m, k]", "tma_load(x_desc, [off_m, k + BOX]"),
-    "w_gate in place of w_up": ("tma_load(w_up_desc, where", "tma_load(w_gate_desc, where"),
-    "a half of the last wave left out": ("if PARTS == 1 else 2 * tiles", "if PARTS == 1 else 2 * tiles - 1"),
+    "x from the next K tile": ("tma_load(s.x_desc, [off_m, k]", "tma_load(s.x_desc, [off_m, k + BOX]"),
+    "w_gate in place of w_up": ("tma_load(s.w_up_desc, where", "tma_load(s.w_gate_desc, where"),
+    "a half of the last wave left out": ("(2 * whole, 2 * tiles)", "(2 * whole, 2 * tiles - 1)"),
     "the left half of a tile twice": ("pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)", "pid_n * TILE_N"),
     "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
     "both consumers store the same rows": ("(off_m + CONSUMER * ROWS, off_n", "(off_m, off_n"),
     "gate and up exchanged": (
-        "gate, up, scales, offs_m, offs_n, M, N)\n            hopper_store(",
-        "up, gate, scales, offs_m, offs_n, M, N)\n            hopper_store(",
+        "y = silu_mul(gate, up, s.scales",
+        "y = silu_mul(up, gate, s.scales",
     ),
-    "gate kept in place of up": ("hopper_store(up, up_desc", "hopper_store(gate, up_desc"),
+    "gate kept in place of up": ("hopper_store(up, s.up_desc", "hopper_store(gate, s.up_desc"),
     "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
-    "stages free too early": ("mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
+    "stages free too early": ("mbarrier.wait(s.empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
 }
-# First those that find the mutants soonest: in the interpreter; and on Hopper some tiles for each program, as a stage that
-# is free too early shows only where loads run ahead of an epilogue.
+# First those that find the mutants soonest: in the interpreter; and on Hopper with some tiles for each program, as a
+# stage that is free too early shows only where loads run ahead of an epilogue.
 RUN = f"""
 from random_cases import DEVICE, draw, run_case
 large = dict(M=3000, K=1024, N=6144, dtype="bfloat16", x="contiguous", blocks=1, choice="default", scales=None)
