@@ -60,6 +60,7 @@ CONFIGS = {
         _config(64, 64, 128, 4, 4, tma="xw"),  # small layers
         _config(64, 32, 128, 4, 3, tma="xw"),  # M = 64: 96.0 -> 94.7 us, as two programs share an SM
         _config(64, 64, 64, 4, 4),
+        _config(64, 64, 64, 4, 4, tma="xw"),  # float8, M = 64
         _config(64, 128, 64, 8, 3, tma="x"),  # row-major, M = 64
         _config(64, 64, 32, 4, 3),
         _config(32, 64, 128, 4, 4, swap=True),  # M = 32
