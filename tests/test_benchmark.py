@@ -218,6 +218,23 @@ def test_readme_tables(kind, digits, layout):
         assert table[column].iloc[0] in README
 
 
+@pytest.mark.parametrize("where, kind", [("in a graph", "_rotating"), ("call by call", "")])
+def test_readme_table_of_float8(where, kind):
+    table = pd.read_csv(HERE / f"results/h200_float8_e4m3fn_linear{kind}.csv")
+    times = by_m(table[table.method != HOST]).loc[[1, 16, 64, 128, 256, 512, 1024, 4096]]
+    for first, name in ((where, "torch"), ("", "packed torch.compile"), ("", "fused")):
+        label = f"| {first} | {name} | " if first else f"| | {'**fused**' if name == 'fused' else name} | "
+        assert label + " | ".join(f"{ms:.1f}" for ms in times[name]) + " |" in README
+
+
+def test_readme_table_of_widths():
+    for name, path, card in re.findall(r"\[(\w+)\]\((results/\w+\.csv)\) \| (H.00) \|", README):
+        table = pd.read_csv(HERE / path)
+        times = by_m(table[table.method != HOST]).loc[[1, 16, 64, 128, 256, 512, 1024, 4096, 16384]]
+        assert {*table.dtype} == {name} and card in table.gpu[0]
+        assert_readme_has(f"[{name}]({path})", card, *(f"{ratio:.2f}x" for ratio in times.torch / times.fused))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ["8192x28672", "2048x5632", "1024x4096"])
 def test_readme_table_of_other_shapes(shape, layout):
