@@ -251,10 +251,9 @@ def test_memory(layout):
     for name, run in (("eager", torch_swiglu), ("keep", fused_swiglu), ("recompute", recomputing)):
         for _ in range(2):  # the first call tunes
             peak[name], kept[name] = benchmark.memory_of(lambda t, run=run: run(*t), leaves, dy)
-    # The allocator does not split off less than 1 MiB, for each of three tensors; and autograd's thread may drop the
-    # gradients of the call before, 1 MiB for each weight, only now.
-    assert abs(kept["eager"] - 1.5 * gate_up) <= 3
-    assert abs(kept["keep"] - gate_up) <= 3
+    rounding = 3  # the allocator's, which does not split off less than 1 MiB: for each of three tensors
+    assert 1.5 * gate_up <= kept["eager"] <= 1.5 * gate_up + rounding
+    assert gate_up <= kept["keep"] <= gate_up + rounding
     assert kept["recompute"] <= 0.01
     gradients = sum(t.nbytes for t in leaves) / 2**20
     assert peak["keep"] <= 1.5 * gate_up + gradients + 5  # y, the buffer, the gradients

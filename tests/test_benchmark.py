@@ -106,6 +106,13 @@ def test_the_check_can_fail(wrong, dtype):
     assert not benchmark.check(run, expected, dtype)[0]
 
 
+def test_float8_is_judged_by_its_norm_too():
+    expected = torch.linspace(-1, 1, 1000, dtype=torch.float64)
+    for fault, right in ((0.003, True), (0.03, False)):  # both within the tolerance of one element
+        y = expected + fault * expected.norm() / len(expected) ** 0.5
+        assert benchmark.check(lambda y=y: y, expected, FLOAT8, eager_errors=[0.004])[0] == right
+
+
 REFUSED = {
     "--m 0": "argument --m: 0 is not 1 or more",
     "--k many": "argument --k: invalid positive_int value: 'many'",
@@ -228,7 +235,9 @@ def test_readme_table_of_float8(where, kind):
 
 
 def test_readme_table_of_widths():
-    for name, path, card in re.findall(r"\[(\w+)\]\((results/\w+\.csv)\) \| (H.00) \|", README):
+    rows = re.findall(r"\[(\w+)\]\((results/\w+\.csv)\) \| (H.00) \|", README)
+    assert {name for name, *_ in rows} == {*DTYPES}
+    for name, path, card in rows:
         table = pd.read_csv(HERE / path)
         times = by_m(table[table.method != HOST]).loc[[1, 16, 64, 128, 256, 512, 1024, 4096, 16384]]
         assert {*table.dtype} == {name} and card in table.gpu[0]

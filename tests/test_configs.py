@@ -38,7 +38,7 @@ TARGETS = {
 # Bytes, at most, by all versions of Triton: where gate and up are kept, of float32 tiles, and of these on sm_90
 STACK_WHERE_KEPT, STACK_OF_FLOAT32, STACK_OF_FLOAT32_ON_HOPPER = 168, 56, 248
 STACK_OF_FLOAT8 = 48  # of 128 x 64 tiles on sm_89
-# To save time the others compile half of it, of float32 a quarter, and OTHER_HALF what sm_80 and sm_100 leave out.
+# To save time the other targets compile half of it, and those in OTHER_HALF what sm_80 and sm_100 leave out.
 IN_FULL, OTHER_HALF = ("sm_90", "sm_120", "gfx942"), ("sm_86", "sm_103")
 TRITON_3_5 = fts.triton.__version__.startswith("3.5.")
 EVERY_CONFIG = [(kind, config) for kind, configs in fts.CONFIGS.items() for config in configs]
@@ -292,8 +292,6 @@ def compile_everything(target):
         fts.usable_configs = lambda *_, config=config: [config]
         torch.set_float32_matmul_precision(precision)
         half = (layout == "row-major") ^ (target in OTHER_HALF)
-        if kind.startswith("32-bit") and target not in IN_FULL and (precision == "high") != (target in OTHER_HALF):
-            continue
         for keep in (False, True) if target in IN_FULL else (half,):
             # Kept is ragged too. An epilogue that stores three tiles spills in some of them, once per tile.
             K = 1024 + keep * min(16, config.kwargs["BLOCK_K"] // 2)

@@ -168,15 +168,9 @@ def test_no_gradient_in_an_exported_program():
 
 
 def test_scales_as_they_come():
-    """Negated lazily, for x of one row more or less, and others at the next call of the same sizes."""
-    for x, x_scale in (
-        (X, XS),
-        (X, torch._neg_view(-XS)),
-        (X[None], XS),
-        (X[None], XS[None]),
-        (X, 2 * XS),
-        (X, XS[:1]),
-    ):
+    """Negated lazily, with a dimension less than x, and others at the next call of the same sizes."""
+    calls = [(X, XS), (X, torch._neg_view(-XS)), (X[None], XS), (X[None], XS[None]), (X, 2 * XS), (X, XS[:1])]
+    for x, x_scale in calls:
         y = untuned(x, G, U, scales=(x_scale, GS, US))
         assert y.shape == (*x.shape[:-1], 6)
         assert relative_error(y, reference(x, G, U, scales=(x_scale, GS, US))) <= LIMITS[torch.bfloat16]
@@ -184,15 +178,8 @@ def test_scales_as_they_come():
 
 def test_the_launch_key_tells_scales_apart():
     narrow, offset = torch.cat([GS, GS], dim=1)[:, ::2], torch.cat([US, US], dim=1)[:, 1:7]
-    changed = [
-        (XS, GS, US),
-        (XS[:1], GS, US),
-        (XS.t(), GS, US),
-        (XS, narrow, US),
-        (XS, GS, offset),
-        (XS, GS.half(), US),
-    ]
-    changed += [(XS, GS, US.to("meta")), (None, None, None)]
+    changed = [(XS, GS, US), (XS[:1], GS, US), (XS.t(), GS, US), (XS, narrow, US), (XS, GS, offset)]
+    changed += [(XS, GS.half(), US), (XS, GS, US.to("meta")), (None, None, None)]
     keys = {fts._launch_key(X, G, U, False, fts.DEFAULT, *scales, torch.bfloat16) for scales in changed}
     keys.add(fts._launch_key(X, G, U, False, fts.DEFAULT, XS, GS, US, torch.float16))
     assert len(keys) == len(changed) + 1

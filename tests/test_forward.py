@@ -111,16 +111,13 @@ def test_special_values(dtype, layout, M):
 
 
 A, B = torch.zeros(4, 8), torch.zeros(8, 6)
+HERE = torch.zeros(1, device=DEVICE).device
 BAD_INPUT = [
     ((A.tolist(), B, B), TypeError, "x is a list: expected a torch.Tensor"),
     ((A.int(), B, B), TypeError, "x is torch.int32: expected one of (torch.bfloat16, torch.float16, torch.float32,"),
     ((A.double(), B, B), TypeError, "x is torch.float64: expected"),
-    (
-        (A, B.half(), B),
-        ValueError,
-        f"w_gate is torch.float16 on {torch.ones(1, device=DEVICE).device}: expected torch.float32 on ",
-    ),
-    ((A, B, B.half()), ValueError, "w_up is torch.float16 on "),
+    ((A, B.half(), B), ValueError, "w_gate is torch.float16 on "),
+    ((A, B, B.half()), ValueError, f"w_up is torch.float16 on {HERE}: expected torch.float32 on {HERE}"),
     ((A[0, 0], B, B), ValueError, "x has no dimensions: expected (..., K)"),
     ((A, B[0], B), ValueError, "w_gate is (6,), but x is (4, 8): w_gate must be (K, N), with K = 8"),
     ((A, B, B[None]), ValueError, "w_up is (1, 8, 6), but w_gate is (8, 6): both must be (K, N)"),

@@ -37,8 +37,8 @@ MUTANTS = {
     "scales taken for contiguous": ("t.numel() == 1 else t.stride(dim)", "t.numel() == 1 else 1"),
     "gate's scale for up": ("up_scale_ptr + offs_n * stride_su", "gate_scale_ptr + offs_n * stride_sg"),
     "rounded before SiLU": (
-        "gate, up, scales, offs_m, offs_n, M, N)\n        tl.store(",
-        "gate.to(tl.float16).to(tl.float32), up, scales, offs_m, offs_n, M, N)\n        tl.store(",
+        "y = silu_mul(gate, up, scales",
+        "y = silu_mul(gate.to(tl.float16).to(tl.float32), up, scales",
     ),
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
     "a wrong derivative": ("dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))", "dgate = dy * up * sigmoid"),
@@ -54,10 +54,7 @@ HOPPER_MUTANTS = {
     "the left half of a tile twice": ("pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)", "pid_n * TILE_N"),
     "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
     "both consumers store the same rows": ("(off_m + CONSUMER * ROWS, off_n", "(off_m, off_n"),
-    "gate and up exchanged": (
-        "y = silu_mul(gate, up, s.scales",
-        "y = silu_mul(up, gate, s.scales",
-    ),
+    "gate and up exchanged": ("y = silu_mul(gate, up, s.scales", "y = silu_mul(up, gate, s.scales"),
     "gate kept in place of up": ("hopper_store(up, s.up_desc", "hopper_store(gate, s.up_desc"),
     "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
     "stages free too early": ("mbarrier.wait(s.empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
