@@ -31,21 +31,11 @@ FP_FUSION = {"enable_fp_fusion": True}  # Triton 3.9 warns where it is not named
 # ---- Tile configurations, and which of them suit a call ----
 
 
-def _config(block_m, block_n, block_k, num_warps, num_stages, *, tma="", persistent=False, flatten=False, swap=False):
-    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
-    form = dict(TMA=tma, PERSISTENT=persistent, FLATTEN=flatten, SWAP_AB=swap)
-    return triton.Config(tile | form, num_warps, num_stages)
+def _config(m, n, k, num_warps, num_stages, *, tma="", persistent=False, flatten=False, swap=False):
+    kwargs = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, TMA=tma, PERSISTENT=persistent, FLATTEN=flatten, SWAP_AB=swap)
+    return triton.Config(kwargs, num_warps, num_stages)
 
 
-EITHER_LAYOUT = [  # of 32-bit numbers
-    _config(64, 64, 32, 8, 3, swap=True),  # tf32, M > 32, and row-major, M = 64
-    _config(128, 32, 32, 8, 3),
-    _config(64, 64, 32, 8, 3),
-    _config(64, 32, 32, 4, 2),
-    _config(32, 64, 32, 4, 3),  # row-major, M = 32
-    _config(16, 64, 32, 4, 3),
-]
-LARGE_32_BIT = _config(128, 64, 32, 8, 4, swap=True)  # M > 64. With row-major weights it spills 192 bytes, and wins
 # The first that usable_configs() keeps is the default. Comments say where each won on an H100 (K = 4096, N = 14336):
 # those without serve other devices, as do those of 16 bits for M > 128, and what the kernel for Hopper does not take.
 CONFIGS = {
@@ -53,9 +43,8 @@ CONFIGS = {
         # nn.Linear weights. Never tma="xw" with swap=True: 256 x 64 tiles in 3 stages race, errors of 1.6e-2 to 3.6e-2.
         _config(128, 128, 64, 8, 3, tma="xw", persistent=True, flatten=True),  # M > 128
         _config(128, 64, 64, 4, 3, tma="xw"),  # M = 128: two programs share an SM
-        # Row-major weights. x by TMA leaves the threads the addresses of the weights only.
-        _config(256, 64, 64, 8, 3, tma="x", swap=True),  # M > 128
-        _config(128, 128, 64, 8, 3, persistent=True),  # M = 128
+        _config(256, 64, 64, 8, 3, tma="x", swap=True),  # row-major, M > 128: threads have the weights' addresses only
+        _config(128, 128, 64, 8, 3, persistent=True),  # row-major, M = 128
         _config(128, 64, 64, 8, 3),
         _config(128, 64, 32, 8, 3),
         _config(64, 64, 128, 4, 4, tma="xw"),  # small layers
@@ -71,15 +60,20 @@ CONFIGS = {
         _config(16, 128, 64, 4, 3, swap=True),  # row-major, M <= 16
         _config(16, 64, 64, 4, 3),
     ],
-    "32-bit, linear": [
-        LARGE_32_BIT,
-        _config(64, 128, 32, 8, 3, swap=True),  # M = 64
-        _config(32, 64, 32, 4, 4, swap=True),  # M = 32
-        _config(16, 64, 64, 4, 3, swap=True),  # M <= 16
-        *EITHER_LAYOUT,
+    "32-bit, row-major": [
+        _config(128, 64, 32, 8, 4, swap=True),  # M > 64. With row-major weights it spills 192 bytes, and wins
+        _config(64, 64, 32, 8, 3, swap=True),  # tf32, M > 32, and row-major, M = 64
+        _config(128, 32, 32, 8, 3),  # tf32, linear, M = 128
+        _config(64, 64, 32, 8, 3),
+        _config(64, 32, 32, 4, 2),
+        _config(32, 64, 32, 4, 3),  # row-major, M = 32
+        _config(16, 64, 32, 4, 3),  # row-major, M <= 16: 141.4 -> 135.0 us (H200) against 16 x 128
     ],
-    "32-bit, row-major": [LARGE_32_BIT, _config(16, 128, 32, 8, 3), *EITHER_LAYOUT],  # the second: M <= 16
 }
+CONFIGS["32-bit, linear"] = [*CONFIGS["32-bit, row-major"]]
+CONFIGS["32-bit, linear"][1:1] = [  # won at M = 64, M = 32, M <= 16
+    _config(64, 128, 32, 8, 3, swap=True), _config(32, 64, 32, 4, 4, swap=True), _config(16, 64, 64, 4, 3, swap=True),
+]  # fmt: skip
 CONFIGS["8-bit"] = [  # the same tiles in bytes
     triton.Config(c.kwargs | {"BLOCK_K": 2 * c.kwargs["BLOCK_K"]}, c.num_warps, c.num_stages) for c in CONFIGS["16-bit"]
 ]
@@ -108,11 +102,8 @@ def usable_configs(kind, bucket, N, tma, device):
 
     def usable(config):
         block_m, block_n, block_k = (config.kwargs[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        shared_memory = config.num_stages * (block_m + 2 * block_n) * block_k * itemsize
-        # y, while the next tile is on its way: of float8 it may be float32
-        shared_memory += config.kwargs["FLATTEN"] * block_m * block_n * (2 if itemsize == 2 else 4)
         return (
-            shared_memory <= device.shared_memory
+            config.num_stages * (block_m + 2 * block_n) * block_k * itemsize <= device.shared_memory
             and block_m * 2 * block_n <= max_acc
             and (operands_in_shared_memory or not config.kwargs["SWAP_AB"])
             and min(bucket // 2, min_rows) <= block_m <= bucket
@@ -155,11 +146,9 @@ def round_to_tf32(a):
 
 @triton.jit
 def tf32_parts(a):
-    """fp32 numbers as the sum of two: one rounded to the 10 bits that a tensor core takes, and the rest."""
-    bits = a.to(tl.int32, bitcast=True)
-    # The largest are not rounded up to infinity, nor a NaN to -0. Infinity's rest is NaN, see dot_tf32x3
-    big = ((bits + tl.where(tl.abs(a) < 3.4e38, 0x1000, 0)) & -0x2000).to(tl.float32, bitcast=True)
-    return big, a - big
+    """fp32 numbers as the sum of two: one rounded to 10 bits, but not to infinity, nor a NaN to -0, and the rest."""
+    big = (a.to(tl.int32, bitcast=True) + tl.where(tl.abs(a) < 3.4e38, 0x1000, 0)) & -0x2000
+    return big.to(tl.float32, bitcast=True), a - big.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -185,8 +174,7 @@ def _descriptors(args):
     return x_desc, w_desc
 
 
-# Descriptors need the configuration's tile sizes. Made here, below the autotuner, they leave its cache on disk usable
-# (a Config.pre_hook, the other place for them, switches it off).
+# Descriptors need the tile sizes. A Config.pre_hook, the other place to make them, switches the cache on disk off.
 @triton.heuristics({"x_desc": lambda args: _descriptors(args)[0], "w_desc": lambda args: _descriptors(args)[1]})
 @triton.heuristics({"EVEN_K": lambda args: args["K"] % args["BLOCK_K"] == 0})
 @triton.jit(do_not_specialize=["M_BUCKET"])
@@ -205,12 +193,10 @@ def swiglu_kernel(
 ):  # fmt: skip
     num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_pid_m * num_pid_n, tl.num_programs(0), flatten=FLATTEN):
-        # ---- Which tile ----
         pid_m, pid_n = grouped_tile(tile, num_pid_m, num_pid_n)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
-        # ---- Where its operands are ----
         # BLOCK_N columns of w_gate and the same columns of w_up, side by side in one operand: one wide dot in place
         # of two (1303 us against 1475 at M = 4096). 64-bit offsets: a tensor may have more than 2**31 elements.
         offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -262,14 +248,21 @@ def swiglu_kernel(
         tl.store(y_ptr + rows * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
+@torch.inference_mode()  # or a graph that a user captured in that mode would keep this one from being captured
+def _time_in_graph(call, quantiles):
+    """Triton's launch takes the host longer than few rows take the GPU: timed are replays, which no host slows down."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="relaxed"):
+        call()
+    return triton.testing.do_bench(graph.replay, quantiles=quantiles)
+
+
 TUNING_KEY = ["M_BUCKET", "N", "K", "LAYOUT", "INPUT_PRECISION", "DEVICE"]
-TUNER = triton.autotune([c for configs in CONFIGS.values() for c in configs], TUNING_KEY, cache_results=True)
-TUNER = TUNER(swiglu_kernel)
+TUNER = triton.autotune(CONFIGS["16-bit"], TUNING_KEY, do_bench=_time_in_graph, cache_results=True)(swiglu_kernel)
 
 
 # ---- Kernel for Hopper and results of many tiles, in Gluon: swiglu_kernel_hopper, at its end, is where to begin ----
 
-BOX = tl.constexpr(64)  # columns of y, or of a weight, in a TMA box. Of K it takes 128 bytes, the widest swizzle
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -280,7 +273,7 @@ try:
     tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.9, and before
     tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-    SWIZZLES = {bits: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits) for bits in (8, 16)}
+    SWIZZLES = {key: gl.NVMMASharedLayout(*key) for key in ((128, 8), (128, 16), (64, 16))}  # bytes of a row, bits
 except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
     gluon = None
 
@@ -290,106 +283,125 @@ CONSUMERS, ROWS = tl.constexpr(2), tl.constexpr(64)  # of four warps; a tile's r
 # 168 registers for each thread of 12 warps, the producer's one counting as four: it keeps 24, a consumer gets 240.
 HOPPER_OPTIONS = {"num_warps": 4, "maxnreg": 168} | FP_FUSION
 
-# What the functions below share: descriptors, buffers, two barriers for each stage, and swiglu_kernel's scales
-Shared = namedtuple(
+Shared = namedtuple(  # by the functions below. `full` and `empty`: a barrier for each stage. `columns`: see _last_wave
     "Shared",
-    "x_desc w_gate_desc w_up_desc y_desc gate_desc up_desc x_buffers w_buffers y_buffers full empty scales M N K",
+    "x_desc w_gate_desc w_up_desc y_desc gate_desc up_desc x_buffers w_buffers y_buffers full empty scales "
+    "M N K columns BOX BOX_K ROW_MAJOR",
 )
 
 if gluon:
 
     @gluon.jit
-    def hopper_load(step, off_m, off_n, s, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
-        """Load what a tile, or one of its PARTS, needs. `step` counts stages through all tiles, and is returned."""
-        BOXES: gl.constexpr = TILE_N // PARTS // BOX  # of each weight in a stage: those of w_gate, then those of w_up
-        BOX_K: gl.constexpr = s.x_buffers.shape[2]
-        for k in range(0, s.K, BOX_K):
+    def hopper_load(step, off_m, off_n, s, WIDTH: gl.constexpr):
+        """Load what WIDTH columns of y need. `step` counts stages through all tiles, and is returned."""
+        for k in range(0, s.K, s.BOX_K):
             stage = step % STAGES
             ready = s.full.index(stage)
             # The phase before the first counts as done, so the first round of stages is free at once.
             mbarrier.wait(s.empty.index(stage), step // STAGES & 1 ^ 1)
-            mbarrier.expect(ready, s.x_desc.block_type.nbytes + 2 * BOXES * s.w_gate_desc.block_type.nbytes)
+            mbarrier.expect(ready, s.x_desc.block_type.nbytes + 2 * WIDTH // s.BOX * s.w_gate_desc.block_type.nbytes)
             tma_load(s.x_desc, [off_m, k], ready, s.x_buffers.index(stage))
-            for i in gl.static_range(BOXES):
-                box = stage * (2 * TILE_N // BOX) + i
-                where = (k, off_n + i * BOX) if ROW_MAJOR else (off_n + i * BOX, k)
+            for i in gl.static_range(WIDTH // s.BOX):
+                where = (k, off_n + i * s.BOX) if s.ROW_MAJOR else (off_n + i * s.BOX, k)
+                box = 2 * (stage * (TILE_N // s.BOX) + i)  # one of w_gate, then the same of w_up
                 tma_load(s.w_gate_desc, where, ready, s.w_buffers.index(box))
-                tma_load(s.w_up_desc, where, ready, s.w_buffers.index(box + BOXES))
+                tma_load(s.w_up_desc, where, ready, s.w_buffers.index(box + 1))
             step += 1
         return step
 
     @gluon.jit
-    def hopper_store(values, desc, buffers, off_m, off_n, CONSUMER: gl.constexpr):
+    def hopper_zeros(s, WIDTH: gl.constexpr):
+        """An accumulator for WIDTH columns of both weights. wgmma takes 32 bytes of K, a quarter of a box."""
+        ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, s.BOX_K // 4])
+        return gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC)
+
+    @gluon.jit
+    def hopper_dot(stage, acc, use_acc, s, CONSUMER: gl.constexpr, FIRST: gl.constexpr):
+        """acc + x @ w for as many columns of both weights as acc has, from a tile's FIRST on, in one wgmma."""
+        # A stage's boxes lie just as the swizzled layout of one wide operand has them, in either layout of the weights.
+        WIDTH: gl.constexpr = acc.shape[1]
+        SHAPE: gl.constexpr = [s.BOX_K, WIDTH] if s.ROW_MAJOR else [WIDTH, s.BOX_K]
+        ALL: gl.constexpr = [STAGES * 2 * TILE_N // WIDTH] + SHAPE  # noqa: RUF005 (Gluon knows no star)
+        w = reinterpret(s.w_buffers, s.w_buffers.dtype, ALL, s.w_buffers.layout)
+        w = w.index((stage * TILE_N + FIRST) * 2 // WIDTH)
+        x = s.x_buffers.index(stage).slice(CONSUMER * ROWS, ROWS)
+        return hopper.warpgroup_mma(x, w if s.ROW_MAJOR else w.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
+
+    @gluon.jit
+    def hopper_store(values, desc, off_m, off_n, s, CONSUMER: gl.constexpr):
         """Round and store one consumer's rows, through shared memory."""
         WIDTH: gl.constexpr = values.shape[1]
-        wide = reinterpret(buffers, buffers.dtype, [buffers.shape[0] * BOX // WIDTH, ROWS, WIDTH], buffers.layout)
+        wide = reinterpret(s.y_buffers, desc.dtype, [CONSUMERS * TILE_N // WIDTH, ROWS, WIDTH], s.y_buffers.layout)
         tma.store_wait(0)  # what was stored before has left the buffer
         wide.index(CONSUMER * (TILE_N // WIDTH)).store(values.to(desc.dtype))
         hopper.fence_async_shared()
-        for i in gl.static_range(WIDTH // BOX):
-            tma_store(desc, (off_m + CONSUMER * ROWS, off_n + i * BOX), buffers.index(CONSUMER * (TILE_N // BOX) + i))
+        for i in gl.static_range(WIDTH // s.BOX):
+            tma_store(desc, (off_m, off_n + i * s.BOX), s.y_buffers.index(CONSUMER * (TILE_N // s.BOX) + i))
 
     @gluon.jit
-    def hopper_compute(step, off_m, off_n, s, CONSUMER: gl.constexpr, PARTS: gl.constexpr, ROW_MAJOR: gl.constexpr):
-        """One consumer's rows of a tile of y, or of one of its PARTS, and of gate and up where they are kept."""
-        WIDTH: gl.constexpr = TILE_N // PARTS
-        BOX_K: gl.constexpr = s.x_buffers.shape[2]
-        # The boxes of a stage lie one behind the other just as the swizzled layout of one wide operand has them, in
-        # either layout of the weights: one wgmma of n = 2 * WIDTH, and no distance between the weights to describe.
-        SHAPE_W: gl.constexpr = [STAGES * PARTS, BOX_K, 2 * WIDTH] if ROW_MAJOR else [STAGES * PARTS, 2 * WIDTH, BOX_K]
-        # wgmma takes 32 bytes of K, a quarter of a box.
-        ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, BOX_K // 4])
-        w_operands = reinterpret(s.w_buffers, s.w_buffers.dtype, SHAPE_W, s.w_buffers.layout)
+    def hopper_epilogue(acc, off_m, off_n, s, CONSUMER: gl.constexpr):
+        """Of one consumer's rows, whose acc holds boxes of gate and of up in turn."""
+        WIDTH: gl.constexpr = acc.shape[1] // 2
+        gate, up = acc.reshape([ROWS, WIDTH // s.BOX, 2, s.BOX]).permute([0, 1, 3, 2]).split()
+        gate, up = gate.reshape([ROWS, WIDTH]), up.reshape([ROWS, WIDTH])
+        offs_m = off_m + gl.arange(0, ROWS, gl.SliceLayout(1, gate.type.layout))
+        offs_n = off_n + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
+        if s.gate_desc is not None:
+            hopper_store(gate, s.gate_desc, off_m, off_n, s, CONSUMER)
+            hopper_store(up, s.up_desc, off_m, off_n, s, CONSUMER)
+        hopper_store(silu_mul(gate, up, s.scales, offs_m, offs_n, s.M, s.N), s.y_desc, off_m, off_n, s, CONSUMER)
 
-        # ---- One K loop for both products ----
-        acc = gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC)
-        for k in range(0, s.K, BOX_K):
+    @gluon.jit
+    def hopper_compute(step, off_m, off_n, s, CONSUMER: gl.constexpr, WIDTH: gl.constexpr):
+        """One consumer's rows of WIDTH columns of y, and of gate and up where they are kept."""
+        REST: gl.constexpr = WIDTH % 64  # an accumulator's width is a power of two: 96 columns take two of them
+        MAIN: gl.constexpr = WIDTH - REST
+        acc = hopper_zeros(s, MAIN)
+        rest = hopper_zeros(s, REST) if REST else None
+        for k in range(0, s.K, s.BOX_K):
             stage = step % STAGES
             mbarrier.wait(s.full.index(stage), step // STAGES & 1)
-            x = s.x_buffers.index(stage).slice(CONSUMER * ROWS, ROWS)
-            w = w_operands.index(stage * PARTS)
-            w = w if ROW_MAJOR else w.permute([1, 0])
-            acc = hopper.warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
+            acc = hopper_dot(stage, acc, k > 0, s, CONSUMER, 0)
             # The product before this one is done: its stage may be loaded again.
-            acc = hopper.warpgroup_mma_wait(1, [acc])
+            if REST:
+                rest = hopper_dot(stage, rest, k > 0, s, CONSUMER, MAIN)
+                acc, rest = hopper.warpgroup_mma_wait(2, [acc, rest])
+            else:
+                acc = hopper.warpgroup_mma_wait(1, [acc])
             mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
         acc = hopper.warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES))
-
-        # ---- Epilogue ----
-        gate, up = acc.reshape([ROWS, 2, WIDTH]).permute([0, 2, 1]).split()
-        offs_m = off_m + CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, gate.type.layout))
-        offs_n = off_n + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
-        if s.gate_desc is not None:
-            hopper_store(gate, s.gate_desc, s.y_buffers, off_m, off_n, CONSUMER)
-            hopper_store(up, s.up_desc, s.y_buffers, off_m, off_n, CONSUMER)
-        y = silu_mul(gate, up, s.scales, offs_m, offs_n, s.M, s.N)
-        hopper_store(y, s.y_desc, s.y_buffers, off_m, off_n, CONSUMER)
+        hopper_epilogue(acc, off_m + CONSUMER * ROWS, off_n, s, CONSUMER)
+        if REST:
+            hopper_epilogue(hopper.warpgroup_mma_wait(0, [rest]), off_m + CONSUMER * ROWS, off_n + MAIN, s, CONSUMER)
         return step
 
     @gluon.jit
-    def hopper_role(s, ROLE: gl.constexpr, ROW_MAJOR: gl.constexpr):
+    def hopper_role(s, ROLE: gl.constexpr):
         """What a group of warps does: a consumer, by its number, or after these the producer."""
-        num_pid_m, num_pid_n = gl.cdiv(s.M, TILE_M), gl.cdiv(s.N, TILE_N)
-        tiles, programs, step = num_pid_m * num_pid_n, gl.num_programs(0), 0
-        # A last wave that would keep at most half of the programs busy goes in halves: 195 -> 175 us at M = 512.
-        whole = tiles - gl.where(2 * (tiles % programs) > programs, 0, tiles % programs)
-        for PARTS in gl.static_range(1, 3):  # first whole tiles, then halves
-            first, end = (0, whole) if PARTS == 1 else (2 * whole, 2 * tiles)
-            for part in range(first + gl.program_id(0), end, programs):
-                pid_m, pid_n = grouped_tile(part // PARTS, num_pid_m, num_pid_n)
-                off_m, off_n = pid_m * TILE_M, pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)
+        num_pid_m, num_pid_n, off_n = gl.cdiv(s.M, TILE_M), s.columns, 0
+        programs, first, step = gl.num_programs(0), gl.program_id(0), 0
+        for WIDTH in gl.static_range(TILE_N, TILE_N - s.BOX - 1, -s.BOX):  # whole tiles, then parts: see _last_wave
+            if WIDTH < TILE_N:
+                first = (first + programs - num_pid_m * num_pid_n % programs) % programs
+                off_n, num_pid_n = s.columns * TILE_N, gl.cdiv(s.N - s.columns * TILE_N, WIDTH)
+            for tile in range(first, num_pid_m * num_pid_n, programs):
+                pid_m, pid_n = grouped_tile(tile, num_pid_m, num_pid_n)
                 if ROLE == CONSUMERS:
-                    step = hopper_load(step, off_m, off_n, s, PARTS, ROW_MAJOR)
+                    step = hopper_load(step, pid_m * TILE_M, off_n + pid_n * WIDTH, s, WIDTH)
                 else:
-                    step = hopper_compute(step, off_m, off_n, s, ROLE, PARTS, ROW_MAJOR)
+                    step = hopper_compute(step, pid_m * TILE_M, off_n + pid_n * WIDTH, s, ROLE, WIDTH)
         tma.store_wait(0)  # the shared memory must outlive the stores that read it
 
-    @gluon.jit(do_not_specialize=["M", "N", "K"])
+    @gluon.jit
+    def hopper_roles(s):
+        gl.warp_specialize([(hopper_role, (s, 0)), (hopper_role, (s, 1)), (hopper_role, (s, 2))], [4, 1], [240, 24])
+
+    @gluon.jit(do_not_specialize=["M", "N", "K", "columns"])
     def swiglu_kernel_hopper(
         x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
-        M, N, K, stride_sx, stride_sg, stride_su, ROW_MAJOR: gl.constexpr
+        M, N, K, stride_sx, stride_sg, stride_su, columns, ROW_MAJOR: gl.constexpr
     ):  # fmt: skip
         """As swiglu_kernel. Weights lie (N, K) in memory, with ROW_MAJOR (K, N). gate_desc and up_desc may be None.
 
@@ -397,9 +409,11 @@ if gluon:
         the other, up to STAGES behind, is in its epilogue (705 -> 676 us at M = 2048 against one of eight warps).
         """
         scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
+        BOX: gl.constexpr = y_desc.block_type.shape[1]
         BOX_K: gl.constexpr = x_desc.block_type.shape[1]
+        SHAPE_W: gl.constexpr = [STAGES * 2 * TILE_N // BOX] + w_gate_desc.block_type.shape  # noqa: RUF005
         x_buffers = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TILE_M, BOX_K], x_desc.layout)
-        w_buffers = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2 * TILE_N // BOX, BOX, BOX_K], x_desc.layout)
+        w_buffers = gl.allocate_shared_memory(x_desc.dtype, SHAPE_W, w_gate_desc.layout)
         y_buffers = gl.allocate_shared_memory(y_desc.dtype, [CONSUMERS * TILE_N // BOX, ROWS, BOX], y_desc.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -407,32 +421,10 @@ if gluon:
             mbarrier.init(full.index(stage), count=1)
             mbarrier.init(empty.index(stage), count=CONSUMERS)
         hopper.fence_async_shared()
-        s = Shared(
-            x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc,
-            x_buffers, w_buffers, y_buffers, full, empty, scales, M, N, K,
-        )  # fmt: skip
-        gl.warp_specialize(
-            [(hopper_role, (s, 0, ROW_MAJOR)), (hopper_role, (s, 1, ROW_MAJOR)), (hopper_role, (s, 2, ROW_MAJOR))],
-            worker_num_warps=[4, 1],
-            worker_num_regs=[240, 24],
-        )
-
-
-# ---- Kernel for the backward pass ----
-@triton.jit
-def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr):
-    """From dy (M, N) and gate beside up (M, 2N) to dgate beside dup, in the same memory or not. All are contiguous."""
-    row = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
-    offs_n = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_gate, offs_up, mask = row * 2 * N + offs_n, row * 2 * N + N + offs_n, offs_n < N
-    dy = tl.load(dy_ptr + row * N + offs_n, mask=mask).to(tl.float32)
-    gate = tl.load(gate_up_ptr + offs_gate, mask=mask).to(tl.float32)
-    up = tl.load(gate_up_ptr + offs_up, mask=mask).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dup = dy * gate * sigmoid
-    tl.store(d_ptr + offs_gate, dgate.to(d_ptr.dtype.element_ty), mask=mask)
-    tl.store(d_ptr + offs_up, dup.to(d_ptr.dtype.element_ty), mask=mask)
+        hopper_roles(Shared(
+            x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc, x_buffers, w_buffers, y_buffers, full, empty,
+            scales, M, N, K, columns, BOX, BOX_K, ROW_MAJOR,
+        ))  # fmt: skip
 
 
 # ---- Checks, choice, launch ----
@@ -459,14 +451,12 @@ def _check(x, w_gate, w_up, *of_float8):
             raise ValueError(f"{name} is {t.dtype} on {t.device}: expected {wanted} on {x.device}")
         if t.device.type not in ("cuda", "meta") and not (INTERPRETED and t.device.type == "cpu"):
             raise ValueError(f"{name} is on {t.device}: expected a GPU (or the CPU with TRITON_INTERPRET=1)")
-    if x.dim() < 1:
-        raise ValueError("x has no dimensions: expected (..., K)")
-    K, shape = x.shape[-1], tuple(w_gate.shape)
-    if w_gate.dim() != 2 or w_gate.shape[0] != K:
-        raise ValueError(f"w_gate is {shape}, but x is {tuple(x.shape)}: w_gate must be (K, N), with K = {K}")
+    shape = tuple(w_gate.shape)
+    if x.dim() < 1 or w_gate.dim() != 2 or shape[0] != x.shape[-1]:
+        raise ValueError(f"w_gate is {shape} and x is {tuple(x.shape)}: expected (K, N) and (..., K)")
     if w_up.shape != w_gate.shape:
         raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be (K, N)")
-    if x.dtype == FLOAT8 and K > 1 and not w_gate.stride(0) == w_up.stride(0) == 1:
+    if x.dtype == FLOAT8 and shape[0] > 1 and not w_gate.stride(0) == w_up.stride(0) == 1:
         raise ValueError(f"w_gate, w_up have strides {w_gate.stride()}, {w_up.stride()}: expected 1 along K in float8")
     for name, t in zip(ARGUMENTS[3 : 3 + len(scales)], scales, strict=True):
         wanted = (*x.shape[:-1], 1) if name == "x_scale" else (1, shape[1])
@@ -491,9 +481,8 @@ def _tma_takes(t):
 
 
 def tma_operands(x, w_gate, w_up, device):
-    """The operands that swiglu_kernel's descriptors can describe: "xw", "x" or ""."""
-    copied = INTERPRETED and x.is_cuda  # by the interpreter: the copies' distance is another
-    if copied or not 90 <= device.arch < 120 or x.element_size() > 2 or not _tma_takes(x):
+    """What swiglu_kernel's descriptors can describe: "xw", "x" or "". The interpreter's copies of weights lie apart."""
+    if (INTERPRETED and x.is_cuda) or not 90 <= device.arch < 120 or x.element_size() > 2 or not _tma_takes(x):
         return ""
     distance = abs(w_up.data_ptr() - w_gate.data_ptr())
     alike = w_gate.stride() == w_up.stride() and _tma_takes(w_gate.t())
@@ -517,8 +506,7 @@ TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"  # how a con
 UNUSABLE = triton.errors.TritonError, RuntimeError, TypeError, AttributeError  # a kernel does not compile or load here
 FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors as well, but not the kernel's fault
 
-# _launch_key -> what launches the compiled kernel again, or None: a call takes half of eager PyTorch's host time, and a
-# fifth of one through the autotuner. The backward kernel's are here too.
+# key -> what launches a compiled kernel again, or None: half of eager PyTorch's host time, a fifth of the autotuner's
 _launchers = {}
 MAX_LAUNCHERS = 4096  # of some KB each; a server meets every M there is
 _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at in itself
@@ -526,14 +514,12 @@ _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at 
 
 def _launch_key(x, w_gate, w_up, keep, choice, *of_float8):
     """All that the checks, the choice of a configuration and Triton's specialization depend on."""
-    distance, scales = w_up.data_ptr() - w_gate.data_ptr(), () if of_float8[0] is None else of_float8[:3]
+    distance = w_up.data_ptr() - w_gate.data_ptr()
+    tensors = (x, w_gate, w_up) if of_float8[0] is None else (x, w_gate, w_up, *of_float8[:3])
     return (
-        x.shape, w_gate.shape, w_up.shape, x.stride(), w_gate.stride(), w_up.stride(),
-        x.dtype, w_gate.dtype, w_up.dtype, x.device, w_gate.device, w_up.device,
-        x.data_ptr() % 16, w_gate.data_ptr() % 16, w_up.data_ptr() % 16,
-        0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice,
+        *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors],
+        0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice, of_float8[3],
         x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # by all of PyTorch's settings
-        of_float8[3], *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in scales),
     )  # fmt: skip
 
 
@@ -609,22 +595,19 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     same_stride_k, up_first = along_k[1] == along_k[2], tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
     tensors = x, w_gate, w_up, y, gate_up, *scales
     scalars = M, N, K, *strides, bucket, layout, str(device), precision, same_stride_k, up_first
-    # ptxas would rather spill a few registers than lose a resident program.
-    options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})
+    options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})  # ptxas would rather spill than lose a program
 
     def grid(meta):
         tiles = triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"])
         return (min(tiles, device.num_sms) if meta["PERSISTENT"] else tiles, 1, 1)
 
-    def launch(config):
-        return swiglu_kernel[grid](*tensors, *scalars, **options, **config.all_kwargs())
-
     usable = usable_configs(kind, 8192 if choice == ONE_FOR_ALL_M else bucket, N, tma, device)
+    working = _working(usable, lambda c: swiglu_kernel[grid](*tensors, *scalars, **options, **c.all_kwargs()))
     if choice != TUNED or INTERPRETED:
-        config, compiled = next(_working(usable, launch))
+        config, compiled = next(working)
     else:
         # By itself the tuner passes over some kinds of failure only, and where all fail it keeps that on disk.
-        TUNER.early_config_prune = lambda *_, **__: [config for config, _ in _working(usable, launch)]
+        TUNER.early_config_prune = lambda *_, **__: [config for config, _ in working]
         try:
             compiled = TUNER[grid](*tensors, *scalars, **options)
             config = TUNER.best_config
@@ -640,33 +623,47 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     constants = (None,) * (len(names) - names.index("EVEN_K"))  # which the compiled kernel ignores
 
     def again(x, w_gate, w_up, *others):
-        descriptors = None, None
-        if config.kwargs["TMA"]:
-            descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
+        descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
         run(x, w_gate, w_up, *others, *scalars, *descriptors, *constants)
 
     return again
 
 
+def _last_wave(M, N, programs):
+    """How many columns of tiles are whole, and how wide a TMA box is: right of them, tiles are one box narrower.
+
+    This fills a last wave that whole tiles would not: 195 -> 175 us at M = 512, 100 -> 93 at M = 256 (H200).
+    """
+    num_pid_m, num_pid_n = triton.cdiv(M, TILE_M.value), triton.cdiv(N, TILE_N.value)
+    slots = triton.cdiv(num_pid_m * num_pid_n, programs) * programs
+    columns = (slots - programs) // num_pid_m
+    for box in (64, 32):
+        if num_pid_m * (columns + triton.cdiv(N - columns * TILE_N.value, TILE_N.value - box)) <= slots:
+            return columns, box
+    return num_pid_n, 64
+
+
 def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
     """_launch by swiglu_kernel_hopper."""
     (M, K), N, stride_xm = x.shape, w_gate.shape[1], x.stride(0)
-    strides = _scale_strides(*scales)
+    programs, strides = device_limits(x.device.index).num_sms, _scale_strides(*scales)
+    columns, box = _last_wave(M, N, programs)
+    box_k = 128 // x.element_size()  # the widest swizzle
+    box_w, box_y = (box_k, box) if row_major else (box, box_k), (ROWS.value, box)
 
-    def matrix(t, shape, stride, box_rows):
+    def matrix(t, shape, stride, *box):
         size = t.element_size()
-        return GluonTensorDescriptor(t, [*shape], [stride, 1], [box_rows, 128 // size], SWIZZLES[8 * size])
+        return GluonTensorDescriptor(t, [*shape], [stride, 1], [*box], SWIZZLES[box[1] * size, 8 * size])
 
     def arguments(x, w_gate, w_up, y, gate_up, *scales):
         weights = (w_gate, w_up) if row_major else (w_gate.t(), w_up.t())
-        w_descs = [matrix(w, w.shape, w.stride(0), BOX.value) for w in weights]
-        kept = [None, None] if gate_up is None else gate_up.chunk(2, dim=1)
-        kept_descs = [t if t is None else matrix(t, (M, N), 2 * N, ROWS.value) for t in kept]
-        x_desc, y_desc = matrix(x, (M, K), stride_xm, TILE_M.value), matrix(y, (M, N), N, ROWS.value)
-        return x_desc, *w_descs, y_desc, *kept_descs, *scales, M, N, K, *strides, row_major
+        w_descs = [matrix(w, w.shape, w.stride(0), *box_w) for w in weights]
+        kept = [None, None] if gate_up is None else [matrix(t, (M, N), 2 * N, *box_y) for t in gate_up.chunk(2, 1)]
+        x_desc, y_desc = matrix(x, (M, K), stride_xm, TILE_M.value, box_k), matrix(y, (M, N), N, *box_y)
+        return x_desc, *w_descs, y_desc, *kept, *scales, M, N, K, *strides, columns, row_major
 
-    grid = (device_limits(x.device.index).num_sms, 1, 1)
-    run = swiglu_kernel_hopper[grid](*arguments(x, w_gate, w_up, y, gate_up, *scales), **HOPPER_OPTIONS)[grid]
+    run = swiglu_kernel_hopper[programs, 1, 1](*arguments(x, w_gate, w_up, y, gate_up, *scales), **HOPPER_OPTIONS)
+    run = run[programs, 1, 1]
     return lambda *tensors: run(*arguments(*tensors))
 
 
@@ -691,6 +688,21 @@ def _working(configs, launch):
 
 
 # ---- Backward pass ----
+
+
+@triton.jit
+def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr):
+    """From dy (M, N) and gate beside up (M, 2N) to dgate beside dup, in the same memory or not. All are contiguous."""
+    row = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
+    offs_n = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_gate, offs_up, mask = row * 2 * N + offs_n, row * 2 * N + N + offs_n, offs_n < N
+    dy = tl.load(dy_ptr + row * N + offs_n, mask=mask).to(tl.float32)
+    gate = tl.load(gate_up_ptr + offs_gate, mask=mask).to(tl.float32)
+    up = tl.load(gate_up_ptr + offs_up, mask=mask).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    dgate, dup = dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
+    tl.store(d_ptr + offs_gate, dgate.to(d_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_ptr + offs_up, dup.to(d_ptr.dtype.element_ty), mask=mask)
 
 
 def _save_for_backward(ctx, inputs, output, overwrite=False):
@@ -838,12 +850,11 @@ def fused_swiglu(
         out_dtype: in float8, the result's dtype: bfloat16 unless given, or float16 or float32.
         recompute: False keeps `x @ w_gate` and `x @ w_up` for a backward pass, 2 * N numbers for each row. True keeps
             nothing beyond the arguments, and computes these two products again.
-        autotune: whether the first call with a new N, K, dtype, layout or power of two of rows may time the usable
-            configurations, some seconds, whose result Triton keeps on disk. Else, and in a call first made under
-            CUDA-graph capture, the default configuration serves.
-        batch_invariant: whether a row of the result has the same bits however many other rows there are: one
-            configuration, not tuned, serves every M, and few rows take longer. For one device, dtype of x and result,
-            K, N and layout, rows of x being K apart and aligned to 16 bytes, and not for gradients.
+        autotune: whether the first call with a new N, K, dtype, layout or power of two of rows may time configurations
+            for some seconds; Triton keeps the result on disk. Else, and in CUDA-graph capture, a default serves.
+        batch_invariant: whether a row's result has the same bits whatever rows are beside it: one configuration serves
+            every M, and few rows take longer. For one device, dtype of x and result, K, N and layout, rows of x being
+            K apart and aligned to 16 bytes, and not for gradients.
 
     Returns:
         (..., N), contiguous, in x's dtype or out_dtype. Sums and SiLU are in float32; on NVIDIA, float32 products are
@@ -876,8 +887,7 @@ def fused_swiglu(
     dispatched, device = _needs_dispatcher(x, w_gate, w_up, *scales), x.device.type
     cast = x, w_gate, w_up
     if x.dtype != FLOAT8 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        cast = tuple(_autocast(t, dtype, dispatched) for t in cast)
+        cast = tuple(_autocast(t, torch.get_autocast_dtype(device), dispatched) for t in cast)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)
     # An exported program mostly serves inference, though its weights require grad (is_exporting() holds in compile too)
     keep = needs_grad and not (recompute or torch.compiler._is_exporting_flag or torch.jit.is_tracing())

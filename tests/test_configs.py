@@ -175,7 +175,7 @@ def test_every_configuration(kind, config, layout, size, precision, monkeypatch)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*DTYPES[:2], fts.FLOAT8], ids=str)
 def test_hopper_kernel(dtype, layout, size):
-    """One tile, ragged edges, many waves, the last one in whole and in half tiles."""
+    """One tile, ragged edges, many waves, the last one in tiles of 128, 96 and 64 columns."""
     if dtype == fts.FLOAT8 and layout == "row-major":
         pytest.skip("float8 weights lie (N, K)")
     sizes = [(1, 8, 8), (128, 64, 128), (129, 72, 136), (77, 264, 520)]
@@ -184,6 +184,23 @@ def test_hopper_kernel(dtype, layout, size):
     for M, K, N in sizes:
         inputs = inputs_of(M, K if dtype != fts.FLOAT8 else -(-K // 16) * 16, N, dtype, layout)
         assert_launches_right(functools.partial(fts._launch_hopper, layout == "row-major"), inputs, size)
+
+
+@needs_hopper
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hopper_last_wave(layout):
+    """On both sides of each N from which on the last wave goes in wider or narrower tiles, the same bits each time."""
+    programs, seen = fts.device_limits(0).num_sms, set()
+    for M in (129, 300, 513, 2100):
+        waves = [(N, fts._last_wave(M, N, programs)) for N in range(8, 12000, 8)]
+        kinds = [(columns == -(-N // 128)) or box for N, (columns, box) in waves]  # whole, or 64, or 32
+        for i in range(1, len(waves)):
+            if kinds[i] != kinds[i - 1]:
+                for N, _ in waves[i - 1 : i + 1]:
+                    inputs = inputs_of(M, 264, N, torch.bfloat16, layout)
+                    assert_launches_right(functools.partial(fts._launch_hopper, layout == "row-major"), inputs, "large")
+                seen |= {kinds[i - 1], kinds[i]}
+    assert seen == {True, 64, 32}
 
 
 @pytest.mark.skipif(TRITON_3_5, reason="its Gluon is another one than this file knows")
@@ -281,9 +298,11 @@ def compile_everything(target):
         if config.kwargs["TMA"] == tma and layout in layouts_of(kind, tma)
     ]
     if device.arch == 90 and fts.gluon:
-        for dtype, layout, keep in itertools.product(DTYPES[:2], LAYOUTS, (False, True)):
-            judge_forward("swiglu_kernel_hopper", "", dtype, layout, 1024, keep, fts.ONE_FOR_ALL_M)
-        judge_forward("swiglu_kernel_hopper", "", fts.FLOAT8, "linear", 1024, False, fts.ONE_FOR_ALL_M)
+        for box in (64, 32):  # the last wave in tiles of 64 columns, or of 96
+            fts._last_wave = lambda *_, box=box: (1, box)
+            for dtype, layout, keep in itertools.product(DTYPES[: box // 32], LAYOUTS, (False, True)):
+                judge_forward("swiglu_kernel_hopper", box, dtype, layout, 1024, keep, fts.ONE_FOR_ALL_M)
+            judge_forward("swiglu_kernel_hopper", box, fts.FLOAT8, "linear", 1024, False, fts.ONE_FOR_ALL_M)
     fts.gluon = None
     for dtype in DTYPES:
         dy, gate_up = torch.empty(M, N, dtype=dtype), torch.empty(M, 2 * N, dtype=dtype)

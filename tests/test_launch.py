@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -145,6 +146,18 @@ def test_when_tuning_happens(timed):
 
 
 @needs_gpu
+@pytest.mark.parametrize("inference", [False, True])
+def test_tuning_times_the_gpu_alone(inference, fresh):
+    """Not the host, which sleeps here. That a graph was captured before, in another mode or not, is no obstacle."""
+    x, graph = torch.zeros(8, device=DEVICE), torch.cuda.CUDAGraph()
+    with torch.inference_mode(not inference), torch.cuda.graph(graph):
+        x + torch.rand_like(x)
+    with torch.inference_mode(inference):
+        assert fts._time_in_graph(lambda: time.sleep(0.02) or x.add_(1), (0.5, 0.8))[0] < 1
+    graph.replay()
+
+
+@needs_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("M, N", [(1, 521), (300, 820), (300, 5768)])
 def test_graph_capture(M, N, layout, timed):
@@ -217,9 +230,8 @@ def test_batch_invariant(dtype, layout):
 @needs_gpu
 def test_a_second_process_tunes_nothing_and_gives_the_same_bits(tmp_path):
     code = """
-import triton.testing
 timed = []
-fts.TUNER._do_bench = lambda call, quantiles: timed.append(call) or triton.testing.do_bench(call, quantiles=quantiles)
+fts.TUNER._do_bench = lambda call, quantiles: timed.append(call) or fts._time_in_graph(call, quantiles)
 warnings.simplefilter("error", UserWarning)  # Triton has none on first use
 for M, N in ((1, 520), (20, 520), (300, 520), (300, 5768)):
     y = call(M, N)

@@ -48,24 +48,32 @@ MUTANTS = {
 }
 # None that hangs: the steps of loads and products stay the same in number.
 HOPPER_MUTANTS = {
-    "x from the next K tile": ("tma_load(s.x_desc, [off_m, k]", "tma_load(s.x_desc, [off_m, k + BOX]"),
+    "x from the next K tile": ("tma_load(s.x_desc, [off_m, k]", "tma_load(s.x_desc, [off_m, k + s.BOX]"),
     "w_gate in place of w_up": ("tma_load(s.w_up_desc, where", "tma_load(s.w_gate_desc, where"),
-    "a half of the last wave left out": ("(2 * whole, 2 * tiles)", "(2 * whole, 2 * tiles - 1)"),
-    "the left half of a tile twice": ("pid_n * TILE_N + part % PARTS * (TILE_N // PARTS)", "pid_n * TILE_N"),
+    "a part of the last wave left out": (
+        "range(first, num_pid_m * num_pid_n, p",
+        "range(first, num_pid_m * num_pid_n - 1, p",
+    ),
+    "parts of other columns": ("off_n, num_pid_n = s.columns * TILE_N,", "off_n, num_pid_n = 0,"),
+    "96 columns, of which 32 are others": ("rest, k > 0, s, CONSUMER, MAIN)", "rest, k > 0, s, CONSUMER, 0)"),
+    "96 columns, of which 32 go elsewhere": ("off_n + MAIN, s, CONSUMER)", "off_n, s, CONSUMER)"),
     "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
-    "both consumers store the same rows": ("(off_m + CONSUMER * ROWS, off_n", "(off_m, off_n"),
-    "gate and up exchanged": ("y = silu_mul(gate, up, s.scales", "y = silu_mul(up, gate, s.scales"),
+    "both consumers store the same rows": (
+        "hopper_epilogue(acc, off_m + CONSUMER * ROWS",
+        "hopper_epilogue(acc, off_m",
+    ),
+    "gate and up exchanged": ("silu_mul(gate, up, s.scales", "silu_mul(up, gate, s.scales"),
     "gate kept in place of up": ("hopper_store(up, s.up_desc", "hopper_store(gate, s.up_desc"),
     "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
     "stages free too early": ("mbarrier.wait(s.empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
 }
 # First those that find the mutants soonest: in the interpreter; and on Hopper with some tiles for each program, as a
-# stage that is free too early shows only where loads run ahead of an epilogue.
+# stage that is free too early shows only where loads run ahead of an epilogue, and with parts of 96 columns.
 RUN = f"""
 from random_cases import DEVICE, draw, run_case
-large = dict(M=3000, K=1024, N=6144, dtype="bfloat16", x="contiguous", blocks=1, choice="default", scales=None)
-for weights in ("transposed", "contiguous") if DEVICE == "cuda" else ():
-    run_case(draw(6)._replace(w_gate=weights, w_up=weights, **large))
+large = dict(K=1024, dtype="bfloat16", x="contiguous", blocks=1, choice="default", scales=None)
+for M, N, weights in ((3000, 6144, "transposed"), (256, 14336, "contiguous")) if DEVICE == "cuda" else ():
+    run_case(draw(6)._replace(M=M, N=N, w_gate=weights, w_up=weights, **large))
 for number in (6, 21, 9, *range({CASES})):
     run_case(draw(number))
 """
