@@ -66,7 +66,7 @@ def test_backward(tmp_path):
 
 WRONG_KERNELS = {
     "forward": ([], "offs_k < K - k", "offs_k < K - k - 1"),
-    "backward": (["--backward"], "dup = dy * gate * sigmoid\n", "dup = dy * gate\n"),
+    "backward": (["--backward"], ", dy * gate * sigmoid\n", ", dy * gate\n"),
 }
 
 

@@ -41,7 +41,7 @@ MUTANTS = {
         "y = silu_mul(gate.to(tl.float16).to(tl.float32), up, scales",
     ),
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
-    "a wrong derivative": ("dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))", "dgate = dy * up * sigmoid"),
+    "a wrong derivative": ("dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy", "dy * up * sigmoid, dy"),
     "dup left out of dx": ("dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t())", "dx = torch.mm(dgate, w_gate.t())"),
     "gradients of the weights exchanged": ("dw_gate, dw_up = weight_gradient", "dw_up, dw_gate = weight_gradient"),
     "gate and up overwritten, which the graph retains": ("d = gate_up if overwrite else torch.empty_like(", "d = ("),
