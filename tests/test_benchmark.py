@@ -234,6 +234,13 @@ def test_readme_table_of_float8(where, kind):
         assert label + " | ".join(f"{ms:.1f}" for ms in times[name]) + " |" in README
 
 
+def test_readme_table_of_peers():
+    table = pd.read_csv(HERE / "results/h200_bfloat16_linear_peers.csv")
+    times = by_m(table[table.method != HOST])
+    for name in ("fused", *benchmark.PEERS):
+        assert_readme_has("**fused**" if name == "fused" else name, *(f"{us:.1f}" for us in times[name]))
+
+
 def test_readme_table_of_widths():
     rows = re.findall(r"\[(\w+)\]\((results/\w+\.csv)\) \| (H.00) \|", README)
     assert {name for name, *_ in rows} == {*DTYPES}
