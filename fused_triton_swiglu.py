@@ -38,13 +38,13 @@ def _config(m, n, k, num_warps, num_stages, *, tma="", persistent=False, flatten
 
 
 # The first that usable_configs() keeps is the default. Comments say where each won on an H100 (K = 4096, N = 14336):
-# those without serve other devices, as do those of 16 bits for M > 128, and what the kernel for Hopper does not take.
+# those without serve other devices. Those of 16 bits for M > 128 serve Hopper only where its own kernel cannot.
 CONFIGS = {
     "16-bit": [
         # nn.Linear weights. Never tma="xw" with swap=True: 256 x 64 tiles in 3 stages race, errors of 1.6e-2 to 3.6e-2.
         _config(128, 128, 64, 8, 3, tma="xw", persistent=True, flatten=True),  # M > 128
         _config(128, 64, 64, 4, 3, tma="xw"),  # M = 128: two programs share an SM
-        _config(256, 64, 64, 8, 3, tma="x", swap=True),  # row-major, M > 128: threads have the weights' addresses only
+        _config(256, 64, 64, 8, 3, tma="x", swap=True),  # row-major, M > 128: TMA saves the addresses of x
         _config(128, 128, 64, 8, 3, persistent=True),  # row-major, M = 128
         _config(128, 64, 64, 8, 3),
         _config(128, 64, 32, 8, 3),
@@ -72,7 +72,7 @@ CONFIGS = {
     ],
 }
 CONFIGS["32-bit, linear"] = [*CONFIGS["32-bit, row-major"]]
-CONFIGS["32-bit, linear"][1:1] = [  # won at M = 64, M = 32, M <= 16
+CONFIGS["32-bit, linear"][1:1] = [  # after the first; won at M = 64, M = 32, M <= 16
     _config(64, 128, 32, 8, 3, swap=True), _config(32, 64, 32, 4, 4, swap=True), _config(16, 64, 64, 4, 3, swap=True),
 ]  # fmt: skip
 CONFIGS["8-bit"] = [  # the same tiles in bytes
@@ -147,7 +147,7 @@ def round_to_tf32(a):
 
 @triton.jit
 def tf32_parts(a):
-    """fp32 numbers as the sum of two: one rounded to 10 bits, but not to infinity, nor a NaN to -0, and the rest."""
+    """fp32 numbers as the sum of two: one rounded to 10 bits (never to infinity, nor a NaN to -0), and the rest."""
     big = (a.to(tl.int32, bitcast=True) + tl.where(tl.abs(a) < 3.4e38, 0x1000, 0)) & -0x2000
     return big.to(tl.float32, bitcast=True), a - big.to(tl.float32, bitcast=True)
 
@@ -159,7 +159,7 @@ def dot_tf32x3(a, b, acc):
     b_big, b_rest = tf32_parts(b)
     product = tl.dot(a_rest, b_big, input_precision="tf32")
     product = tl.dot(a_big, b_rest, product, input_precision="tf32")
-    product = tl.where(product == product, product, 0.0)  # without the rests of infinities
+    product = tl.where(product == product, product, 0.0)  # an infinity's rest is NaN
     return acc + tl.dot(a_big, b_big, product, input_precision="tf32")
 
 
@@ -271,20 +271,20 @@ try:
     tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.9, and before
     tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-    SWIZZLES = {key: gl.NVMMASharedLayout(*key) for key in ((128, 8), (128, 16), (64, 16))}  # bytes of a row, bits
+    SWIZZLES = {key: gl.NVMMASharedLayout(*key) for key in ((128, 8), (128, 16), (64, 16))}  # by bytes, bits
 except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
     gluon = None
 
-TILE_M, TILE_N = tl.constexpr(128), tl.constexpr(128)  # for every M; see hopper_role
+TILE_M, TILE_N = tl.constexpr(128), tl.constexpr(128)  # for every M; some tiles are narrower: see _last_wave
 STAGES = tl.constexpr(4)  # of 128 bytes along K, 48 KB each. With y they fill the shared memory
 CONSUMERS, ROWS = tl.constexpr(2), tl.constexpr(64)  # of four warps; a tile's rows for each, as many as wgmma has
 # 168 registers for each thread of 12 warps, the producer's one counting as four: it keeps 24, a consumer gets 240.
 HOPPER_OPTIONS = {"num_warps": 4, "maxnreg": 168} | FP_FUSION
 
-Shared = namedtuple(  # by the functions below. `full` and `empty`: a barrier for each stage. `columns`: see _last_wave
+Shared = namedtuple(  # num_whole_n: see _last_wave. A TMA box has BOX columns of y or of a weight, and BOX_K of K
     "Shared",
     "x_desc w_gate_desc w_up_desc y_desc gate_desc up_desc x_buffers w_buffers y_buffers full empty scales "
-    "M N K columns BOX BOX_K ROW_MAJOR",
+    "M N K num_whole_n BOX BOX_K ROW_MAJOR",
 )
 
 if gluon:
@@ -315,13 +315,13 @@ if gluon:
 
     @gluon.jit
     def hopper_dot(stage, acc, use_acc, s, CONSUMER: gl.constexpr, FIRST: gl.constexpr):
-        """acc + x @ w for as many columns of both weights as acc has, from a tile's FIRST on, in one wgmma."""
+        """acc + x @ w in one wgmma: as many columns of both weights as acc holds, from the tile's column FIRST on."""
         # A stage's boxes lie just as the swizzled layout of one wide operand has them, in either layout of the weights.
-        WIDTH: gl.constexpr = acc.shape[1]
-        SHAPE: gl.constexpr = [s.BOX_K, WIDTH] if s.ROW_MAJOR else [WIDTH, s.BOX_K]
-        ALL: gl.constexpr = [STAGES * 2 * TILE_N // WIDTH] + SHAPE  # noqa: RUF005 (Gluon knows no star)
-        w = reinterpret(s.w_buffers, s.w_buffers.dtype, ALL, s.w_buffers.layout)
-        w = w.index((stage * TILE_N + FIRST) * 2 // WIDTH)
+        WIDTH: gl.constexpr = acc.shape[1] // 2
+        COUNT: gl.constexpr = STAGES * TILE_N // WIDTH
+        SHAPE: gl.constexpr = [COUNT, s.BOX_K, 2 * WIDTH] if s.ROW_MAJOR else [COUNT, 2 * WIDTH, s.BOX_K]
+        w = reinterpret(s.w_buffers, s.w_buffers.dtype, SHAPE, s.w_buffers.layout)
+        w = w.index((stage * TILE_N + FIRST) // WIDTH)
         x = s.x_buffers.index(stage).slice(CONSUMER * ROWS, ROWS)
         return hopper.warpgroup_mma(x, w if s.ROW_MAJOR else w.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
 
@@ -338,10 +338,9 @@ if gluon:
 
     @gluon.jit
     def hopper_epilogue(acc, off_m, off_n, s, CONSUMER: gl.constexpr):
-        """Of one consumer's rows, whose acc holds boxes of gate and of up in turn."""
+        """SiLU and the stores for one consumer's rows. acc holds a box of gate, the same of up, the next of gate..."""
         WIDTH: gl.constexpr = acc.shape[1] // 2
-        gate, up = acc.reshape([ROWS, WIDTH // s.BOX, 2, s.BOX]).permute([0, 1, 3, 2]).split()
-        gate, up = gate.reshape([ROWS, WIDTH]), up.reshape([ROWS, WIDTH])
+        gate, up = acc.reshape([ROWS, WIDTH // s.BOX, 2, s.BOX]).permute([0, 1, 3, 2]).reshape([ROWS, WIDTH, 2]).split()
         offs_m = off_m + gl.arange(0, ROWS, gl.SliceLayout(1, gate.type.layout))
         offs_n = off_n + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
         if s.gate_desc is not None:
@@ -360,46 +359,46 @@ if gluon:
             stage = step % STAGES
             mbarrier.wait(s.full.index(stage), step // STAGES & 1)
             acc = hopper_dot(stage, acc, k > 0, s, CONSUMER, 0)
-            # The product before this one is done: its stage may be loaded again.
             if REST:
                 rest = hopper_dot(stage, rest, k > 0, s, CONSUMER, MAIN)
                 acc, rest = hopper.warpgroup_mma_wait(2, [acc, rest])
             else:
                 acc = hopper.warpgroup_mma_wait(1, [acc])
+            # The step before is done: its stage may be loaded again.
             mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
         acc = hopper.warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES))
-        hopper_epilogue(acc, off_m + CONSUMER * ROWS, off_n, s, CONSUMER)
+        hopper_epilogue(acc, off_m, off_n, s, CONSUMER)
         if REST:
-            hopper_epilogue(hopper.warpgroup_mma_wait(0, [rest]), off_m + CONSUMER * ROWS, off_n + MAIN, s, CONSUMER)
+            hopper_epilogue(hopper.warpgroup_mma_wait(0, [rest]), off_m, off_n + MAIN, s, CONSUMER)
         return step
 
     @gluon.jit
     def hopper_role(s, ROLE: gl.constexpr):
         """What a group of warps does: a consumer, by its number, or after these the producer."""
-        num_pid_m, num_pid_n, off_n = gl.cdiv(s.M, TILE_M), s.columns, 0
+        num_pid_m, num_pid_n, off_n = gl.cdiv(s.M, TILE_M), s.num_whole_n, 0
         programs, first, step = gl.num_programs(0), gl.program_id(0), 0
-        for WIDTH in gl.static_range(TILE_N, TILE_N - s.BOX - 1, -s.BOX):  # whole tiles, then parts: see _last_wave
-            if WIDTH < TILE_N:
+        for WIDTH in gl.static_range(TILE_N, TILE_N - 2 * s.BOX, -s.BOX):  # whole tiles, then narrower ones
+            if WIDTH < TILE_N:  # begun by the program after that of the last whole tile
                 first = (first + programs - num_pid_m * num_pid_n % programs) % programs
-                off_n, num_pid_n = s.columns * TILE_N, gl.cdiv(s.N - s.columns * TILE_N, WIDTH)
+                off_n, num_pid_n = s.num_whole_n * TILE_N, gl.cdiv(s.N - s.num_whole_n * TILE_N, WIDTH)
             for tile in range(first, num_pid_m * num_pid_n, programs):
                 pid_m, pid_n = grouped_tile(tile, num_pid_m, num_pid_n)
                 if ROLE == CONSUMERS:
                     step = hopper_load(step, pid_m * TILE_M, off_n + pid_n * WIDTH, s, WIDTH)
                 else:
-                    step = hopper_compute(step, pid_m * TILE_M, off_n + pid_n * WIDTH, s, ROLE, WIDTH)
+                    step = hopper_compute(step, pid_m * TILE_M + ROLE * ROWS, off_n + pid_n * WIDTH, s, ROLE, WIDTH)
         tma.store_wait(0)  # the shared memory must outlive the stores that read it
 
     @gluon.jit
-    def hopper_roles(s):
+    def hopper_roles(s):  # a function, as s = Shared(...) would turn the constexprs in it into tensors
         gl.warp_specialize([(hopper_role, (s, 0)), (hopper_role, (s, 1)), (hopper_role, (s, 2))], [4, 1], [240, 24])
 
-    @gluon.jit(do_not_specialize=["M", "N", "K", "columns"])
+    @gluon.jit(do_not_specialize=["M", "N", "K", "num_whole_n"])
     def swiglu_kernel_hopper(
         x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
-        M, N, K, stride_sx, stride_sg, stride_su, columns, ROW_MAJOR: gl.constexpr
+        M, N, K, stride_sx, stride_sg, stride_su, num_whole_n, ROW_MAJOR: gl.constexpr
     ):  # fmt: skip
         """As swiglu_kernel. Weights lie (N, K) in memory, with ROW_MAJOR (K, N). gate_desc and up_desc may be None.
 
@@ -421,7 +420,7 @@ if gluon:
         hopper.fence_async_shared()
         hopper_roles(Shared(
             x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc, x_buffers, w_buffers, y_buffers, full, empty,
-            scales, M, N, K, columns, BOX, BOX_K, ROW_MAJOR,
+            scales, M, N, K, num_whole_n, BOX, BOX_K, ROW_MAJOR,
         ))  # fmt: skip
 
 
@@ -479,7 +478,7 @@ def _tma_takes(t):
 
 
 def tma_operands(x, w_gate, w_up, device):
-    """What swiglu_kernel's descriptors can describe: "xw", "x" or "". The interpreter's copies of weights lie apart."""
+    """What swiglu_kernel's descriptors can describe: "xw", "x" or "". The interpreter moves GPU tensors apart."""
     if (INTERPRETED and x.is_cuda) or not 90 <= device.arch < 120 or x.element_size() > 2 or not _tma_takes(x):
         return ""
     distance = abs(w_up.data_ptr() - w_gate.data_ptr())
@@ -504,7 +503,7 @@ TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"  # how a con
 UNUSABLE = triton.errors.TritonError, RuntimeError, TypeError, AttributeError  # a kernel does not compile or load here
 FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors as well, but not the kernel's fault
 
-# key -> what launches a compiled kernel again, or None: half of eager PyTorch's host time, a fifth of the autotuner's
+# key -> what launches a compiled kernel again (or None), in half of eager PyTorch's host time, a fifth of the tuner's
 _launchers = {}
 MAX_LAUNCHERS = 4096  # of some KB each; a server meets every M there is
 _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at in itself
@@ -593,7 +592,7 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     same_stride_k, up_first = along_k[1] == along_k[2], tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
     tensors = x, w_gate, w_up, y, gate_up, *scales
     scalars = M, N, K, *strides, bucket, layout, str(device), precision, same_stride_k, up_first
-    options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})  # ptxas would rather spill than lose a program
+    options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})  # else ptxas spills to fit one more program
 
     def grid(meta):
         tiles = triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"])
@@ -604,7 +603,7 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     if choice != TUNED or INTERPRETED:
         config, compiled = next(working)
     else:
-        # By itself the tuner passes over some kinds of failure only, and where all fail it keeps that on disk.
+        # In place of its own list: the tuner passes over some kinds of failure only, and keeps on disk that all fail.
         TUNER.early_config_prune = lambda *_, **__: [config for config, _ in working]
         try:
             compiled = TUNER[grid](*tensors, *scalars, **options)
@@ -628,40 +627,39 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
 
 
 def _last_wave(M, N, programs):
-    """How many columns of tiles are whole, and how wide a TMA box is: right of them, tiles are one box narrower.
+    """How many tile columns are whole, and the width of a TMA box, by which the tiles to their right are narrower.
 
-    This fills a last wave that whole tiles would not: 195 -> 175 us at M = 512, 100 -> 93 at M = 256 (H200).
+    These make up the last wave, if no other is needed: 195 -> 175 us at M = 512 (H100), 100 -> 93 at M = 256 (H200).
     """
     num_pid_m, num_pid_n = triton.cdiv(M, TILE_M.value), triton.cdiv(N, TILE_N.value)
     slots = triton.cdiv(num_pid_m * num_pid_n, programs) * programs
-    columns = (slots - programs) // num_pid_m
+    num_whole_n = (slots - programs) // num_pid_m  # all waves but the last
     for box in (64, 32):
-        if num_pid_m * (columns + triton.cdiv(N - columns * TILE_N.value, TILE_N.value - box)) <= slots:
-            return columns, box
+        if num_pid_m * (num_whole_n + triton.cdiv(N - num_whole_n * TILE_N.value, TILE_N.value - box)) <= slots:
+            return num_whole_n, box
     return num_pid_n, 64
 
 
 def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
     """_launch by swiglu_kernel_hopper."""
-    (M, K), N, stride_xm = x.shape, w_gate.shape[1], x.stride(0)
-    programs, strides = device_limits(x.device.index).num_sms, _scale_strides(*scales)
-    columns, box = _last_wave(M, N, programs)
+    (M, K), N, strides = x.shape, w_gate.shape[1], _scale_strides(*scales)
+    grid = device_limits(x.device.index).num_sms, 1, 1
+    num_whole_n, box = _last_wave(M, N, grid[0])
     box_k = 128 // x.element_size()  # the widest swizzle
     box_w, box_y = (box_k, box) if row_major else (box, box_k), (ROWS.value, box)
 
-    def matrix(t, shape, stride, *box):
+    def matrix(t, shape, stride, *block):
         size = t.element_size()
-        return GluonTensorDescriptor(t, [*shape], [stride, 1], [*box], SWIZZLES[box[1] * size, 8 * size])
+        return GluonTensorDescriptor(t, [*shape], [stride, 1], [*block], SWIZZLES[block[1] * size, 8 * size])
 
     def arguments(x, w_gate, w_up, y, gate_up, *scales):
         weights = (w_gate, w_up) if row_major else (w_gate.t(), w_up.t())
         w_descs = [matrix(w, w.shape, w.stride(0), *box_w) for w in weights]
         kept = [None, None] if gate_up is None else [matrix(t, (M, N), 2 * N, *box_y) for t in gate_up.chunk(2, 1)]
-        x_desc, y_desc = matrix(x, (M, K), stride_xm, TILE_M.value, box_k), matrix(y, (M, N), N, *box_y)
-        return x_desc, *w_descs, y_desc, *kept, *scales, M, N, K, *strides, columns, row_major
+        x_desc, y_desc = matrix(x, (M, K), x.stride(0), TILE_M.value, box_k), matrix(y, (M, N), N, *box_y)
+        return x_desc, *w_descs, y_desc, *kept, *scales, M, N, K, *strides, num_whole_n, row_major
 
-    run = swiglu_kernel_hopper[programs, 1, 1](*arguments(x, w_gate, w_up, y, gate_up, *scales), **HOPPER_OPTIONS)
-    run = run[programs, 1, 1]
+    run = swiglu_kernel_hopper[grid](*arguments(x, w_gate, w_up, y, gate_up, *scales), **HOPPER_OPTIONS)[grid]
     return lambda *tensors: run(*arguments(*tensors))
 
 

@@ -48,20 +48,15 @@ MUTANTS = {
 }
 # None that hangs: the steps of loads and products stay the same in number.
 HOPPER_MUTANTS = {
-    "x from the next K tile": ("tma_load(s.x_desc, [off_m, k]", "tma_load(s.x_desc, [off_m, k + s.BOX]"),
+    "x from the next K tile": ("tma_load(s.x_desc, [off_m, k]", "tma_load(s.x_desc, [off_m, k + s.BOX_K]"),
     "w_gate in place of w_up": ("tma_load(s.w_up_desc, where", "tma_load(s.w_gate_desc, where"),
-    "a part of the last wave left out": (
-        "range(first, num_pid_m * num_pid_n, p",
-        "range(first, num_pid_m * num_pid_n - 1, p",
-    ),
-    "parts of other columns": ("off_n, num_pid_n = s.columns * TILE_N,", "off_n, num_pid_n = 0,"),
+    "the last tile left out": ("num_pid_m * num_pid_n, programs)", "num_pid_m * num_pid_n - 1, programs)"),
+    "narrower tiles left out": ("* TILE_N, WIDTH)", "* TILE_N, WIDTH) - 1"),
+    "narrower tiles of other columns": ("off_n, num_pid_n = s.num_whole_n * TILE_N,", "off_n, num_pid_n = 0,"),
     "96 columns, of which 32 are others": ("rest, k > 0, s, CONSUMER, MAIN)", "rest, k > 0, s, CONSUMER, 0)"),
     "96 columns, of which 32 go elsewhere": ("off_n + MAIN, s, CONSUMER)", "off_n, s, CONSUMER)"),
     "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
-    "both consumers store the same rows": (
-        "hopper_epilogue(acc, off_m + CONSUMER * ROWS",
-        "hopper_epilogue(acc, off_m",
-    ),
+    "both consumers store the same rows": ("pid_m * TILE_M + ROLE * ROWS,", "pid_m * TILE_M,"),
     "gate and up exchanged": ("silu_mul(gate, up, s.scales", "silu_mul(up, gate, s.scales"),
     "gate kept in place of up": ("hopper_store(up, s.up_desc", "hopper_store(gate, s.up_desc"),
     "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
