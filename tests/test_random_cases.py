@@ -50,8 +50,8 @@ MUTANTS = {
 HOPPER_MUTANTS = {
     "x from the next K tile": ("tma_load(s.x_desc, [off_m, k]", "tma_load(s.x_desc, [off_m, k + s.BOX_K]"),
     "w_gate in place of w_up": ("tma_load(s.w_up_desc, where", "tma_load(s.w_gate_desc, where"),
-    "the last tile left out": ("num_pid_m * num_pid_n, programs)", "num_pid_m * num_pid_n - 1, programs)"),
-    "narrower tiles left out": ("* TILE_N, WIDTH)", "* TILE_N, WIDTH) - 1"),
+    "the last tile left out": ("(first, num_pid_m * num_pid_n, p", "(first, num_pid_m * num_pid_n - 1, p"),
+    "narrower tiles left out": ("num_whole_n * TILE_N, WIDTH)", "num_whole_n * TILE_N, WIDTH) - 1"),
     "narrower tiles of other columns": ("off_n, num_pid_n = s.num_whole_n * TILE_N,", "off_n, num_pid_n = 0,"),
     "96 columns, of which 32 are others": ("rest, k > 0, s, CONSUMER, MAIN)", "rest, k > 0, s, CONSUMER, 0)"),
     "96 columns, of which 32 go elsewhere": ("off_n + MAIN, s, CONSUMER)", "off_n, s, CONSUMER)"),
