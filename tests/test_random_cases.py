@@ -63,7 +63,7 @@ HOPPER_MUTANTS = {
     "stages free too early": ("mbarrier.wait(s.empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
 }
 # First those that find the mutants soonest: in the interpreter; and on Hopper with some tiles for each program, as a
-# stage that is free too early shows only where loads run ahead of an epilogue, and with parts of 96 columns.
+# stage that is free too early shows only where loads run ahead of an epilogue, and with tiles of 96 columns.
 RUN = f"""
 from random_cases import DEVICE, draw, run_case
 large = dict(K=1024, dtype="bfloat16", x="contiguous", blocks=1, choice="default", scales=None)
