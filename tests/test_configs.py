@@ -190,6 +190,8 @@ def test_last_wave():
     """In tiles of 64 columns, else of 96, where these add no wave; all tiles before it are whole."""
     waves = {128: (112, 64), 256: (66, 32), 384: (88, 32), 512: (99, 64), 1024: (112, 64), 2048: (107, 32)}
     assert {M: fts._last_wave(M, 14336, 132) for M in waves} == waves
+    edges = {2816: (0, 64), 2824: (0, 32), 4224: (0, 32), 4232: (34, 64)}  # 3 tiles of M = 300 more, and none fits
+    assert {N: fts._last_wave(300, N, 132) for N in edges} == edges
 
 
 @needs_hopper
