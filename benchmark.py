@@ -2,28 +2,42 @@
 
     python benchmark.py
 
+Every contender is timed in two ways. "Call by call": one call at a time from Python, after a flush of the L2 cache, as
+a user of eager PyTorch sees it. "In a model": several sets of weights in turn inside one CUDA graph, as a served model
+runs its layers: there the host's speed does not matter, and what the cache holds is what a model leaves in it.
+
+The measured limit is the least time that the card allows: its bytes at the rate of a device-to-device copy, or its
+multiplications at the rate of one large matmul, whichever takes longer, both measured at the start of a run.
+
 On a machine without a GPU the kernel is checked through Triton's interpreter, and nothing is timed.
 """
 
 import argparse
 import contextlib
+import datetime
 import functools
 import gc
+import itertools
 import math
 import os
+import re
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import namedtuple
 from importlib import import_module
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+
+os.environ["MPLBACKEND"] = "agg"  # notebooks name one that is not installed here, perhaps, and files need none
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from baseline_torch_swiglu import scaled_mm, torch_swiglu, torch_swiglu_float8
@@ -37,28 +51,22 @@ from triton.testing import do_bench, do_bench_cudagraph
 from fused_triton_swiglu import fused_swiglu
 
 MODELS = {  # K (hidden size), N (intermediate size)
-    "llama-3-8b": (4096, 14336),
-    "llama-3-70b": (8192, 28672),
-    "mixtral-8x7b": (4096, 14336),
-    "qwen2.5-7b": (3584, 18944),
-    "tinyllama-1.1b": (2048, 5632),
-    "small": (1024, 4096),
-}
+    "llama-3-8b": (4096, 14336), "llama-3-70b": (8192, 28672), "mixtral-8x7b": (4096, 14336),
+    "qwen2.5-7b": (3584, 18944), "tinyllama-1.1b": (2048, 5632), "small": (1024, 4096),
+}  # fmt: skip
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float8_e4m3fn": FLOAT8}
 LAYOUTS = ("linear", "row-major")
-PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "packed matmul only")
-BACKWARD_PROVIDERS = ("torch", "torch.compile", "packed torch.compile", "fused", "fused, recomputing")
-ON_REQUEST = ("fused, batch-invariant",)  # forward only
+PROVIDERS = ("torch", "torch-compile", "packed-torch-compile", "fused", "packed-matmul-only")
+BACKWARD_PROVIDERS = ("torch", "torch-compile", "packed-torch-compile", "fused", "fused-recompute")
+ON_REQUEST = ("fused-batch-invariant",)  # forward only
 PEERS = ("liger-kernel", "flash-swiglu-mlp", "quack-kernels")  # other people's packages, timed where installed
 EVERY_PROVIDER = tuple(dict.fromkeys(PROVIDERS + BACKWARD_PROVIDERS + ON_REQUEST + PEERS))
 COLORS = dict(zip(EVERY_PROVIDER, ("C0", "#17a2b8", "C2", "C3", "C7", "C1", "C1", "C6", "C5", "C4"), strict=True))
-# What `ms` is: GPU time after a cache flush, of the forward pass or of both; GPU time where weights take turns; time
-# that a call keeps the CPU busy.
-FLUSHED, BACKWARD, ROTATING, HOST = "flushed cache", "forward + backward, flushed cache", "rotating weights", "host"
-COLUMNS = ["gpu", "torch", "triton", "dtype", "layout", "M", "K", "N", "provider", "method"]
-COLUMNS += ["ms", "ms_p20", "ms_p80", "tflops", "gbps", "speedup", "fraction_of_floor", "rel_error"]
-COLUMNS += ["peak_mib", "kept_mib"]  # both passes only: beyond inputs; and between the passes, beyond inputs and result
+CALLS, MODEL, HOST = "call by call", "in a model", "host"  # of ms: GPU time, see above; how long a call busies the CPU
+NAMED = ["date", "command", "gpu", "torch", "triton", "dtype", "layout", "K", "N"]  # the same in a run's GPU times
+COLUMNS = [*NAMED, "M", "provider", "method", "ms", "ms_p20", "ms_p80", "speedup", "share_of_limit", "rel_error"]
+COLUMNS += ["peak_mib", "kept_mib"]  # of both passes: MiB beyond the inputs; between the two, beyond the result as well
 RECORDED_PLOT = "results/h100_bfloat16_linear.png"
 
 # The fused result is rounded once, to half a unit in the last place; twice that is allowed, plus what float32 sums
@@ -73,7 +81,7 @@ TOLERANCES = {
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 3e-6, FLOAT8: 2**-8}
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
 ROUNDS = 5
-ROTATION_BYTES = 2**30  # of weights: many times any L2 cache
+MODEL_BYTES = 2**30  # of weights: many times any L2 cache
 HOST_SHAPE = 1, 512, 512  # M, K, N: the GPU is done long before the next call comes
 HOST_CALLS = 1000
 
@@ -166,26 +174,29 @@ def gradient_limit(dtype, eager_error):
     return max(1.05 * eager_error, 2 * ROUNDING[dtype])
 
 
-def check_contenders(contenders, operands, dy, scales, where):
-    """Whether the fused kernels are right, and each contender's relative errors. A peer that fails is left out."""
-    correct, errors, dtype = True, {}, operands.x.dtype
+def check_contenders(contenders, operands, dy, scales):
+    """What is wrong with the fused kernels, in a sentence each, and each contender's errors, but of peers that fail."""
+    wrong, errors, dtype = [], {}, operands.x.dtype
     expected = reference(*operands[:3], dy, scales)
     for name, run in contenders.items():
         if name.startswith("fused"):
-            right, errors[name] = check(lambda run=run: run(operands), expected, dtype, errors["torch"])
-            correct &= right
-            verdict = "" if right else f"WRONG, beyond {TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error: "
+            correct, errors[name] = check(lambda run=run: run(operands), expected, dtype, errors["torch"])
             pairs = zip(("y", "dx", "dw_gate", "dw_up"), errors[name], errors["torch"], strict=False)
             pairs = ", ".join(f"{of} {error:.1e} ({eager_error:.1e})" for of, error, eager_error in pairs)
-            tqdm.write(f"{where}  {verdict}error of {name} (of eager PyTorch): {pairs}, against {expected[0].dtype}")
-        elif name != "packed matmul only":
+            limit = f"{TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error"
+            wrong += [] if correct else [f"{name}: beyond {limit}; relative errors (eager PyTorch's) {pairs}"]
+        elif name != "packed-matmul-only":
             try:
                 errors[name] = relative_errors(run(operands), expected)
             except Exception as error:
                 if name not in PEERS:
                     raise
-                tqdm.write(f"{where}  {name} left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return correct, errors
+                print(f"{name} left out: {in_one_line(error)}")
+    return wrong, errors
+
+
+def in_one_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # One x and one set of weights, with the forms of them that contenders want: w_packed is (K, 2N), w_gate then w_up;
@@ -221,12 +232,12 @@ def make_contenders(names, scales):
     compiled, packed_compiled = (torch.compile(run, dynamic=False) for run in (naive, packed_swiglu))
     contenders = {
         "torch": lambda o: naive(o.x, o.w_gate, o.w_up, *scales),
-        "torch.compile": lambda o: compiled(o.x, o.w_gate, o.w_up, *scales),
-        "packed torch.compile": lambda o: packed_compiled(o.x, o.w_packed, *packed_scales),
+        "torch-compile": lambda o: compiled(o.x, o.w_gate, o.w_up, *scales),
+        "packed-torch-compile": lambda o: packed_compiled(o.x, o.w_packed, *packed_scales),
         "fused": lambda o: fused(o.x, o.w_gate, o.w_up),
-        "fused, recomputing": lambda o: fused(o.x, o.w_gate, o.w_up, recompute=True),
-        "fused, batch-invariant": lambda o: fused(o.x, o.w_gate, o.w_up, batch_invariant=True),
-        "packed matmul only": lambda o: matmul(o.x, o.w_packed, *packed_scales),
+        "fused-recompute": lambda o: fused(o.x, o.w_gate, o.w_up, recompute=True),
+        "fused-batch-invariant": lambda o: fused(o.x, o.w_gate, o.w_up, batch_invariant=True),
+        "packed-matmul-only": lambda o: matmul(o.x, o.w_packed, *packed_scales),
         "liger-kernel": lambda o: import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply(
             o.x @ o.w_gate, o.x @ o.w_up
         ),
@@ -240,8 +251,8 @@ def make_contenders(names, scales):
     return {name: contenders[name] for name in names}
 
 
-def measure_ceilings(dtype):
-    """(bytes per ms of a device-to-device copy, read and written; FLOPs per ms of a large matmul) on this card."""
+def measure_limits(dtype):
+    """The card's limits: bytes per ms of a device-to-device copy, read and written; FLOPs per ms of a large matmul."""
 
     def fastest(run):
         """Of bursts as short as the contenders': a longer one meets the card's power limit, and is beaten."""
@@ -268,49 +279,61 @@ def other_users():
         print(f"WARNING: something else uses this GPU ({busy} % busy, {taken:.1f} GiB taken), which changes the times.")
 
 
+def new_path(gpu, args):
+    """Of a CSV that says what it holds, and that neither exists nor has a plot beside it. It does now, empty."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia "))
+    stem = f"{gpu}_{args.dtype}_{args.layout}_{args.k}x{args.n}{'_backward' * args.backward}"
+    for number in itertools.count(1):
+        path = args.output_dir / f"{stem}{f'_{number}' if number > 1 else ''}.csv"
+        with contextlib.suppress(FileExistsError):
+            if not path.with_suffix(".png").exists():
+                path.touch(exist_ok=False)
+                return path
+
+
 def write_csv(rows, path):
-    """All at once, so that whoever is interrupted leaves a whole file."""
-    unfinished = path.with_suffix(".csv.unfinished")
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(unfinished, index=False, float_format="%.6g")
+    """All at once, so that whoever is interrupted leaves a whole file. Returns what is in it."""
+    unfinished, table = path.with_suffix(".unfinished"), pd.DataFrame(rows, columns=COLUMNS)
+    table.to_csv(unfinished, index=False, float_format="%.6g")
     unfinished.replace(path)
+    return table
 
 
-def measure(M, K, N, args, ceilings, progress):
-    """Rows of the table for one M, or None if the fused kernel is wrong there."""
+def measure(M, args, limits, progress):
+    """What is wrong with the fused kernels for this M, and if nothing is, rows of the table."""
+    K, N = args.k, args.n
     first, dy, scales = make_operands(M, K, N, args)
     forward = make_contenders(args.providers, scales)
     contenders = {name: differentiated(run, dy) for name, run in forward.items()}
-    correct, errors = check_contenders(contenders, first, dy, scales, f"M = {M:5}")
-    if not correct:
-        return None
-    contenders = {name: run for name, run in contenders.items() if name in errors or name == "packed matmul only"}
+    wrong, errors = check_contenders(contenders, first, dy, scales)
+    if wrong:
+        return wrong, []
+    contenders = {name: run for name, run in contenders.items() if name in errors or name == "packed-matmul-only"}
     memory = {name: memory_of(forward[name], first, dy) for name in contenders} if args.backward else {}
 
-    operands = [first]
-    if args.rotate_weights:
-        sets = max(2, math.ceil(ROTATION_BYTES / (first.w_gate.nbytes + first.w_up.nbytes)))
-        operands += [Operands(first.x, *map(torch.clone, first[1:])) for _ in range(sets - 1)]
-    times = {name: [] for name in contenders}
+    sets = max(2, math.ceil(MODEL_BYTES / (first.w_gate.nbytes + first.w_up.nbytes)))
+    operands = [first] + [
+        Operands(first.x, *(t.detach().clone().requires_grad_(args.backward) for t in first[1:]))
+        for _ in range(sets - 1)
+    ]
+    times = {(name, method): [] for method in (CALLS, MODEL) for name in contenders}
     for i in range(ROUNDS):  # in turn, so that a drifting clock hits all of them alike, and each after another one
         for name in [*contenders][i:] + [*contenders][:i]:
             progress.set_description(f"M = {M}, {name}")
-            times[name] += gpu_times(contenders[name], operands, args)
+            for method in (CALLS, MODEL):
+                times[name, method] += gpu_times(contenders[name], operands, method, args)
             progress.update()
 
-    bandwidth, rate = ceilings
+    bandwidth, rate = limits
     flops = 4 * M * N * K * (1 + 2 * args.backward)
     result_bytes = M * N * max(first.x.element_size(), 2)
     least_bytes = (first.x.nbytes + first.w_gate.nbytes + first.w_up.nbytes + result_bytes) * (1 + args.backward)
-    floor = max(least_bytes / bandwidth, flops / rate)
-    rows = summarize(times, M, K, N, args)
+    rows = summarize(times, M, K, N)
     for row in rows:
-        row["method"] = ROTATING if args.rotate_weights else BACKWARD if args.backward else FLUSHED
-        row["tflops"] = flops / row["ms"] * 1e-9
-        row["gbps"] = least_bytes / row["ms"] * 1e-6
-        row["fraction_of_floor"] = floor / row["ms"]
+        row["share_of_limit"] = max(least_bytes / bandwidth, flops / rate) / row["ms"]
         row["rel_error"] = np.max(errors.get(row["provider"], math.nan))  # NaN if one is there
         row["peak_mib"], row["kept_mib"] = memory.get(row["provider"], (None, None))
-    return rows
+    return [], rows
 
 
 def memory_of(run, leaves, dy):
@@ -325,29 +348,30 @@ def memory_of(run, leaves, dy):
     return (torch.cuda.max_memory_allocated() - before) / 2**20, kept / 2**20
 
 
-def gpu_times(run, operands, args):
-    """Milliseconds per call: after a flush of the cache, or with several operands in turn inside one CUDA graph."""
-    if args.rotate_weights:
+def gpu_times(run, operands, method, args):
+    """Milliseconds of a call, many times over."""
+    if method == MODEL:
         all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=20, return_mode="all")
         return [ms / len(operands) for ms in all_in_turn]
     warmup, rep = (100, 300) if args.backward else (10, 60)  # training meets the card's power limit
     return do_bench(lambda: run(operands[0]), warmup=warmup, rep=rep, return_mode="all")
 
 
-def summarize(times, M, K, N, args):
-    """A row for each contender from its times in milliseconds."""
-    rows = [{"dtype": args.dtype, "layout": args.layout, "M": M, "K": K, "N": N, "provider": name} for name in times]
-    for row in rows:
-        row["ms_p20"], row["ms"], row["ms_p80"] = np.quantile(times[row["provider"]], [0.2, 0.5, 0.8])
-        row["speedup"] = np.median(times["torch"]) / row["ms"]
+def summarize(times, M, K, N):
+    """A row for each contender and method, from its times in milliseconds."""
+    rows = []
+    for (name, method), ms in times.items():
+        p20, median, p80 = np.quantile(ms, [0.2, 0.5, 0.8])
+        row = {"M": M, "K": K, "N": N, "provider": name, "method": method, "ms": median, "ms_p20": p20, "ms_p80": p80}
+        rows.append(row | {"speedup": np.median(times["torch", method]) / median})
     return rows
 
 
 def measure_host_cost(args):
     """Rows of the table: how long a call keeps the CPU busy, thousands of calls without a synchronisation."""
     operands, dy, scales = make_operands(*HOST_SHAPE, args)
-    names = [name for name in ("torch", "torch.compile", "fused") if name in args.providers]
-    contenders, times = make_contenders(names, scales), {name: [] for name in names}
+    names = [name for name in ("torch", "torch-compile", "fused") if name in args.providers]
+    contenders, times = make_contenders(names, scales), {(name, HOST): [] for name in names}
     for _ in range(ROUNDS):
         for name, forward in contenders.items():
             run = differentiated(forward, dy)
@@ -356,130 +380,169 @@ def measure_host_cost(args):
             start = time.perf_counter()
             for _ in range(HOST_CALLS):
                 run(operands)
-            times[name].append((time.perf_counter() - start) * 1e3 / HOST_CALLS)
-    return [row | {"method": HOST} for row in summarize(times, *HOST_SHAPE, args)]
+            times[name, HOST].append((time.perf_counter() - start) * 1e3 / HOST_CALLS)
+    return summarize(times, *HOST_SHAPE)
 
 
 def run_on_gpu(args):
     other_users()
-    properties = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    print("{gpu}, PyTorch {torch}, Triton {triton}".format(**properties))
+    command = " ".join(["python", "benchmark.py", *sys.argv[1:]])
+    named = [datetime.date.today().isoformat(), command, torch.cuda.get_device_name(), torch.__version__]
+    named = dict(zip(NAMED[:7], [*named, triton.__version__, args.dtype, args.layout], strict=True))
+    print("{gpu}, PyTorch {torch}, Triton {triton}".format(**named))
     print(f"{args.dtype}, K = {args.k}, N = {args.n}, {args.layout} weights")
-    bandwidth, rate = ceilings = measure_ceilings(DTYPES[args.dtype])
-    print(f"ceilings: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
-    host_rows = measure_host_cost(args)
-    host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
-    print(f"host time of {'both passes' if args.backward else 'a call'}, us (M, K, N = {HOST_SHAPE}): {host_costs}\n")
-
-    kind = "_backward" if args.backward else "_rotating_weights" if args.rotate_weights else ""
-    path = args.output_dir / f"swiglu_benchmark{kind}.csv"
-    rows, status = [], 0
-    timings = len(args.m) * len(args.providers) * ROUNDS
-    with tqdm(total=timings, unit="timing", dynamic_ncols=True, disable=None) as progress:
+    path = new_path(named["gpu"], args)
+    rows, checks, wrong, ended = [], 0, [], None
+    with tqdm(total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None) as bar:
         try:
+            bandwidth, rate = limits = measure_limits(DTYPES[args.dtype])
+            print(f"measured limits: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
+            host_rows = measure_host_cost(args)
+            host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
+            what = "both passes" if args.backward else "a call"
+            print(f"host time of {what}, us (M, K, N = {HOST_SHAPE}): {host_costs}\n\nus {CALLS} | {MODEL}")
             for M in args.m:
-                measured = measure(M, args.k, args.n, args, ceilings, progress)
-                if measured is None:
-                    status = 1
-                    break
+                wrong_here, measured = measure(M, args, limits, bar)
+                checks += sum(name.startswith("fused") for name in args.providers)
+                wrong += [f"M = {M}, {sentence}" for sentence in wrong_here]
+                by_provider = pd.DataFrame(measured, columns=COLUMNS).groupby("provider", sort=False).ms
+                medians = [f"{name} {' | '.join(f'{ms * 1e3:.1f}' for ms in pair)}" for name, pair in by_provider]
+                bar.write(f"M = {M:5}  {', '.join(medians) or 'WRONG, not timed'}")
                 rows += measured
-                write_csv([properties | row for row in host_rows + rows], path)
-        except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-            progress.write(f"\nM = {M}: {str(error) or 'interrupted'}\nwhat was measured is kept")
-            status = 130 if isinstance(error, KeyboardInterrupt) else 1
-    if rows:
-        table = pd.read_csv(path)
-        print_table(table)
+                if rows:
+                    write_csv([named | row for row in host_rows + rows], path)
+        except (Exception, KeyboardInterrupt) as error:
+            ended = error
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the table and the plot
+    try:
+        report([named | row for row in host_rows + rows] if rows else [], path)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if not isinstance(ended, (KeyboardInterrupt, torch.OutOfMemoryError, type(None))):
+        traceback.print_exception(ended)
+    return verdict(checks, wrong, ended)
+
+
+def report(rows, path):
+    """Whatever ended the run: the CSV and the plot of what was measured, then its tables."""
+    if not rows:
+        return path.unlink()
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    try:
+        write_csv(rows, path)
         plot(table, path.with_suffix(".png"))
-        print(f"\n{path}\n{path.with_suffix('.png')}")
-    return status
+    except OSError as error:
+        print(f"{path} or its plot could not be written: {error}. It would hold:\n{table.to_csv(index=False)}")
+    print_tables(table)
+    print(f"\n{path}\n{path.with_suffix('.png')}")
+
+
+def verdict(checks, wrong, ended=None):
+    """Print the last line, return the exit status."""
+    if ended is not None:
+        print(f"ENDED by {in_one_line(ended)}, after:", end=" ")
+    if wrong:
+        print(f"WRONG in {len(wrong)} of {checks} checks: {'; '.join(wrong)}")
+    else:
+        print(f"{checks} checks of the fused kernel passed, none failed")
+    return 130 if isinstance(ended, KeyboardInterrupt) else int(bool(wrong or ended))
 
 
 def run_interpreted(args):
     print("No GPU found: checking the kernel through Triton's interpreter, in all dtypes and layouts.")
-    print("The shapes are small and fixed there: of the options only --backward and --output-dir matter.\n")
-    rows, status = [], 0
-    cases = [*product([*DTYPES][:3], LAYOUTS, INTERPRETED_SHAPES)]
-    cases += [("float8_e4m3fn", "linear", shape) for shape in INTERPRETED_SHAPES if not args.backward]
-    for dtype, layout, (M, K, N) in tqdm(cases, unit="case", leave=False, dynamic_ncols=True, disable=None):
-        args.dtype, args.layout = dtype, layout
-        operands, dy, scales = make_operands(M, K, N, args)
-        contenders = make_contenders(["torch", "fused"] + ["fused, recomputing"] * args.backward, scales)
-        both = {name: differentiated(run, dy) for name, run in contenders.items()}
-        where = f"{dtype:13} {layout:10} M = {M:3}  K = {K:3}  N = {N:3}"
-        correct, errors = check_contenders(both, operands, dy, scales, where)
-        status |= not correct
-        case = {"gpu": "none (Triton interpreter)", "torch": torch.__version__, "triton": triton.__version__}
-        case |= {"dtype": dtype, "layout": layout, "M": M, "K": K, "N": N}
-        rows += [case | {"provider": name, "rel_error": np.max(errors[name])} for name in errors]
-    path = args.output_dir / f"swiglu_benchmark{'_backward' if args.backward else ''}.csv"
-    write_csv(rows, path)
-    print(f"\n{path}")
-    print(f"Speed was not measured: that needs a GPU. The plot of a recorded run on an H100 is {RECORDED_PLOT}")
-    return int(status)
+    print("The shapes are small and fixed there: of the options only --backward matters.\n")
+    checks, wrong = 0, []
+    for args.dtype in DTYPES:
+        float8, largest = DTYPES[args.dtype] == FLOAT8, {}
+        layouts = LAYOUTS[: 2 - float8 * (1 + args.backward)]
+        for args.layout, shape in itertools.product(layouts, INTERPRETED_SHAPES):
+            operands, dy, scales = make_operands(*shape, args)
+            contenders = make_contenders(["torch", "fused"] + ["fused-recompute"] * args.backward, scales)
+            both = {name: differentiated(run, dy) for name, run in contenders.items()}
+            wrong_here, errors = check_contenders(both, operands, dy, scales)
+            wrong += [f"{args.dtype}, {args.layout}, M, K, N = {shape}, {sentence}" for sentence in wrong_here]
+            checks += len(both) - 1
+            largest = {name: np.max([largest.get(name, 0), *of]) for name, of in errors.items()}
+        if layouts:
+            print(f"{args.dtype:13}  largest relative error: {', '.join(f'{n} {e:.1e}' for n, e in largest.items())}")
+    print(f"\nSpeed was not measured: that needs a GPU. The plot of a recorded run is {RECORDED_PLOT}")
+    return verdict(checks, wrong)
 
 
-def print_table(table):
-    """Median microseconds by M and provider, then the fused kernel's place, and memory where it was measured."""
-    table = table[table.method != HOST]
-    by_m = table.pivot(index="M", columns="provider")
-    names = table.provider.unique()
-    times = by_m.ms[names] * 1e3
-    if "fused" in names:
-        times["fused: speed-up"] = by_m.speedup.fused.map("{:.2f}x".format)
-        times["of the floor"] = by_m.fraction_of_floor.fused.map("{:.0%}".format)
-    print("\nmicroseconds, median\n\n" + times.to_string(float_format="{:.1f}".format))
+def print_tables(table):
+    """For each method: median microseconds by M and provider, and the fused kernel's place. Memory if measured."""
+    for method in (CALLS, MODEL):
+        by_m = table[table.method == method].pivot(index="M", columns="provider")
+        names = table.provider[table.method == method].unique()
+        times = by_m.ms[names] * 1e3
+        if "fused" in names:
+            times["fused: speed-up"] = by_m.speedup.fused.map("{:.2f}x".format)
+            times["of the limit"] = by_m.share_of_limit.fused.map("{:.0%}".format)
+        print(f"\nmicroseconds, median, {method}\n\n" + times.to_string(float_format="{:.1f}".format))
     for column, title in (("peak_mib", "at most, beyond the inputs"), ("kept_mib", "kept for the backward pass")):
         if table[column].notna().any():
             print(f"\nMiB {title}\n\n" + by_m[column][names].to_string(float_format="{:.0f}".format))
 
 
 def plot(table, path):
-    """Speed-up over eager PyTorch by M, for one shape; beside it the share of the floor or, for both passes, memory."""
-    table = table[table.method != HOST].sort_values("M", kind="stable")
-    both = (table.method == BACKWARD).all()
-    panels = [("speedup", "{x:.2f}x", "speed-up over eager PyTorch, higher is better")]
+    """Speed-up over eager PyTorch by M; beside it the share of the measured limit or, for both passes, memory."""
+    first, names = table.iloc[-1], table.provider[table.method == CALLS].unique()
+    calls, model = (table[table.method == m].pivot(index="M", columns="provider") for m in (CALLS, MODEL))
+    panels = {f"speed-up over eager PyTorch, {CALLS}, higher is better": (calls.speedup, calls, "{x:.2f}x")}
+    both = table.peak_mib.notna().any()
     if both:
-        eager = table[table.provider == "torch"].set_index("M").peak_mib
-        table = table.assign(memory=table.peak_mib / table.M.map(eager))
-        panels.append(("memory", "{x:.0%}", "peak memory beyond the inputs, of eager PyTorch's, lower is better"))
+        memory = calls.peak_mib.div(calls.peak_mib.torch, axis=0)
+        panels["peak memory beyond the inputs, of eager PyTorch's, lower is better"] = memory, None, "{x:.0%}"
     else:
-        panels.append(("fraction_of_floor", "{x:.0%}", "share of the card's limit reached, higher is better"))
+        share = f"share of the measured limit, {MODEL}, higher is better"
+        panels[share] = model.share_of_limit, model, "{x:.0%}"
     figure = Figure(figsize=(13, 5.4), layout="constrained")
-    ticks = table.M.unique()
-    for axis, (column, unit, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        ends = {}
-        for name, rows in table.groupby("provider", sort=False):
-            # The last one of PROVIDERS is no contender: it leaves silu and the product out.
-            style = {"linewidth": 2.8 if name == "fused" else 1.6, "linestyle": ":" if name == PROVIDERS[-1] else "-"}
-            axis.plot(rows.M, rows[column], color=COLORS[name], marker="o", markersize=4, **style)
-            if column != "memory":
-                low, high = (rows[column] * rows.ms / slower for slower in (rows.ms_p80, rows.ms_p20))
-                axis.fill_between(rows.M, low, high, color=COLORS[name], alpha=0.1, linewidth=0)
-            ends[name] = rows[column].iloc[-1]
+    for axis, (title, (values, by_m, unit)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        lines = {name: values[name] for name in names}
+        if by_m is calls and "fused" in names:
+            lines[f"fused, {MODEL}"] = model.speedup.fused
+        for label, line in lines.items():
+            name = label.partition(",")[0]
+            # The bare matmul is no contender: it leaves silu and the product out.
+            style = {"linestyle": ":" if name == "packed-matmul-only" else "-" if name == label else "--"}
+            style |= {"linewidth": 2.8 if label == "fused" else 1.6, "color": COLORS[name]}
+            axis.plot(line.index, line, marker="o", markersize=4, **style)
+        limits = axis.get_ylim()  # of the medians: no outlier is to squeeze them
+        for name in {"torch", "fused"} & {*names} if by_m is not None else ():
+            low, high = (values[name] * by_m.ms[name] / by_m[slower][name] for slower in ("ms_p80", "ms_p20"))
+            axis.fill_between(values.index, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
+        axis.set_ylim(limits)
         # Names stand at the lines' ends, halfway between pushed up and pushed down until none overlap.
-        steps = np.arange(len(ends)) * 0.05 * np.ptp(axis.get_ylim())
-        free = pd.Series(ends).sort_values() - steps
-        for name, y in ((free.cummax() + free[::-1].cummin()[::-1]) / 2 + steps).items():
-            style = {"color": COLORS[name], "weight": "bold" if name == "fused" else "normal", "va": "center"}
-            axis.annotate(name, (ticks[-1], y), (8, 0), textcoords="offset points", annotation_clip=False, **style)
-        if column == "fraction_of_floor":
-            axis.axhline(1, color="grey", linestyle="--", linewidth=1.2)
-            floor = "floor: measured bandwidth or matmul rate"
-            axis.annotate(floor, (ticks[0], 1), (0, 4), textcoords="offset points", color="grey", fontsize=9)
+        steps = np.arange(len(lines)) * 0.05 * np.ptp(limits)
+        free = pd.Series({label: line.iloc[-1] for label, line in lines.items()}).sort_values() - steps
+        for label, y in ((free.cummax() + free[::-1].cummin()[::-1]) / 2 + steps).items():
+            style = {"color": COLORS[label.partition(",")[0]], "weight": "bold" if label == "fused" else "normal"}
+            style |= {"textcoords": "offset points", "annotation_clip": False, "va": "center"}
+            axis.annotate(label, (values.index[-1], y), (8, 0), **style)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, ticks, rotation=45)
+        axis.set_xticks(values.index, values.index, rotation=45)
         axis.minorticks_off()
         axis.set(xlabel="M (rows of x: tokens)", xmargin=0.02, title=title)
+        axis.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # ticks that two digits can name
         axis.yaxis.set_major_formatter(unit)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    first = table.iloc[0]
     figure.suptitle(
         f"SwiGLU forward{' + backward' if both else ''}, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, "
-        f"{first.layout} weights, {first.method.split(', ')[-1]} (torch {first.torch}, triton {first.triton})"
+        f"{first.layout} weights (torch {first.torch}, triton {first.triton}, {first.date})"
     )
     figure.savefig(path, dpi=130)
+
+
+def read_run(path):
+    """The table of one run of this benchmark. ValueError where the file holds something else."""
+    table = pd.read_csv(path, usecols=COLUMNS, dtype=dict.fromkeys("KNM", int) | dict.fromkeys(COLUMNS[12:], float))
+    timed = table[table.method != HOST]
+    once = timed.groupby(NAMED).ngroups == 1 and not timed.duplicated(["M", "provider", "method"]).any()
+    known = {*timed.provider} <= {*EVERY_PROVIDER} and {*timed.method} == {CALLS, MODEL}
+    if not once or not known or timed.loc[:, "ms":"share_of_limit"].isna().any(axis=None):
+        raise ValueError("expected one run of this benchmark, with each contender once for each M and method")
+    return table
 
 
 def positive_int(text):
@@ -502,7 +565,6 @@ def parse_args(argv=None):
     providers = f"contenders, of {EVERY_PROVIDER}, or all. torch is always there, {ON_REQUEST + PEERS} if asked for"
     add("--providers", choices=(*EVERY_PROVIDER, "all"), nargs="+", default=(), metavar="P", help=providers)
     add("--backward", action="store_true", help="time both passes together, and measure the memory they take")
-    add("--rotate-weights", action="store_true", help="weights in turn inside a CUDA graph, as in a model, no flush")
     add("--output-dir", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
     add("--plot", type=Path, metavar="CSV", help="only draw a CSV of an earlier run again")
     args = parser.parse_args(argv)
@@ -511,8 +573,6 @@ def parse_args(argv=None):
     K, N = MODELS[args.model or "llama-3-8b"]
     args.k, args.n = args.k or K, args.n or N
     args.m = sorted(set(args.m))
-    if args.backward and args.rotate_weights:
-        parser.error("--backward and --rotate-weights exclude each other")
     float8 = DTYPES[args.dtype] == FLOAT8
     if float8 and (args.backward or args.layout != "linear" or args.k % 16 or args.n % 16):
         parser.error(f"--dtype {args.dtype} has no --backward, no --layout but linear, no K and N but in steps of 16")
@@ -523,11 +583,9 @@ def parse_args(argv=None):
     args.providers = [name for name in possible if name in chosen or "all" in chosen]
     if args.plot:
         try:
-            args.table = pd.read_csv(args.plot, usecols=COLUMNS)
+            args.table = read_run(args.plot)
         except (OSError, ValueError) as error:
-            parser.error(f"--plot {args.plot}: {error}")
-        if args.table.ms.isna().all():
-            parser.error(f"--plot {args.plot}: holds no times, it comes from a machine without a GPU")
+            parser.error(f"--plot {args.plot}: {in_one_line(error)}")
     try:  # now, not after an hour of measuring
         args.output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
@@ -537,13 +595,18 @@ def parse_args(argv=None):
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)  # medians as they come, through a pipe too
     args = parse_args()
     if args.plot:
-        path = args.output_dir / args.plot.with_suffix(".png").name
+        path = args.plot.with_suffix(".png")
         plot(args.table, path)
         print(path)
         return 0
-    return run_on_gpu(args) if torch.cuda.is_available() else run_interpreted(args)
+    try:
+        return run_on_gpu(args) if torch.cuda.is_available() else run_interpreted(args)
+    except BrokenPipeError:  # the reader of what is printed has gone, as `head` does. What was measured is in the files
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":
