@@ -279,12 +279,11 @@ def other_users():
         print(f"WARNING: something else uses this GPU ({busy} % busy, {taken:.1f} GiB taken), which changes the times.")
 
 
-def new_path(gpu, args):
-    """Of a CSV that says what it holds, and that neither exists nor has a plot beside it. It does now, empty."""
+def new_path(folder, gpu, kind):
+    """Of a CSV named after both, that neither exists nor has a plot beside it. It does now, empty."""
     gpu = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia "))
-    stem = f"{gpu}_{args.dtype}_{args.layout}_{args.k}x{args.n}{'_backward' * args.backward}"
     for number in itertools.count(1):
-        path = args.output_dir / f"{stem}{f'_{number}' if number > 1 else ''}.csv"
+        path = folder / f"{gpu}_{kind}{f'_{number}' if number > 1 else ''}.csv"
         with contextlib.suppress(FileExistsError):
             if not path.with_suffix(".png").exists():
                 path.touch(exist_ok=False)
@@ -292,11 +291,10 @@ def new_path(gpu, args):
 
 
 def write_csv(rows, path):
-    """All at once, so that whoever is interrupted leaves a whole file. Returns what is in it."""
-    unfinished, table = path.with_suffix(".unfinished"), pd.DataFrame(rows, columns=COLUMNS)
-    table.to_csv(unfinished, index=False, float_format="%.6g")
+    """All at once, so that whoever is interrupted leaves a whole file."""
+    unfinished = path.with_suffix(".unfinished")
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(unfinished, index=False, float_format="%.6g")
     unfinished.replace(path)
-    return table
 
 
 def measure(M, args, limits, progress):
@@ -351,7 +349,7 @@ def memory_of(run, leaves, dy):
 def gpu_times(run, operands, method, args):
     """Milliseconds of a call, many times over."""
     if method == MODEL:
-        all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=20, return_mode="all")
+        all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=10, return_mode="all")
         return [ms / len(operands) for ms in all_in_turn]
     warmup, rep = (100, 300) if args.backward else (10, 60)  # training meets the card's power limit
     return do_bench(lambda: run(operands[0]), warmup=warmup, rep=rep, return_mode="all")
@@ -391,7 +389,8 @@ def run_on_gpu(args):
     named = dict(zip(NAMED[:7], [*named, triton.__version__, args.dtype, args.layout], strict=True))
     print("{gpu}, PyTorch {torch}, Triton {triton}".format(**named))
     print(f"{args.dtype}, K = {args.k}, N = {args.n}, {args.layout} weights")
-    path = new_path(named["gpu"], args)
+    kind = f"{args.dtype}_{args.layout}_{args.k}x{args.n}{'_backward' * args.backward}"
+    path = new_path(args.output_dir, named["gpu"], kind)
     rows, checks, wrong, ended = [], 0, [], None
     with tqdm(total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None) as bar:
         try:
