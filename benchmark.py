@@ -20,6 +20,7 @@ import gc
 import itertools
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -315,8 +316,8 @@ def measure(M, args, limits, progress):
         for _ in range(sets - 1)
     ]
     times = {(name, method): [] for method in (CALLS, MODEL) for name in contenders}
-    for i in range(ROUNDS):  # in turn, so that a drifting clock hits all of them alike, and each after another one
-        for name in [*contenders][i:] + [*contenders][:i]:
+    for i in range(ROUNDS):
+        for name in shuffled(contenders, i):
             progress.set_description(f"M = {M}, {name}")
             for method in (CALLS, MODEL):
                 times[name, method] += gpu_times(contenders[name], operands, method, args)
@@ -332,6 +333,11 @@ def measure(M, args, limits, progress):
         row["rel_error"] = np.max(errors.get(row["provider"], math.nan))  # NaN if one is there
         row["peak_mib"], row["kept_mib"] = memory.get(row["provider"], (None, None))
     return [], rows
+
+
+def shuffled(names, seed):
+    """In turn, so that a drifting clock hits all contenders alike, and in another order each time."""
+    return random.Random(seed).sample([*names], len(names))
 
 
 def memory_of(run, leaves, dy):

@@ -224,9 +224,9 @@ def measure(M, steps):
         return None
     runs[BARE] = lambda x, w: x @ w.flatten(0, 1).t()
     times = {name: [] for name in runs}
-    for _ in tqdm(range(benchmark.ROUNDS), desc=f"M = {M}", leave=False, disable=None):  # in turn: see benchmark.py
-        for name, run in runs.items():
-            times[name] += do_bench_cudagraph(partial(run, x, w), return_mode="all")
+    for i in tqdm(range(benchmark.ROUNDS), desc=f"M = {M}", leave=False, disable=None):
+        for name in benchmark.shuffled(runs, i):
+            times[name] += do_bench_cudagraph(partial(runs[name], x, w), return_mode="all")
     us = pd.DataFrame(times).median() * 1e3
     gain = (us.shift() / us - 1).drop(BARE)  # over the step before, and of the first one over eager PyTorch
     table = pd.DataFrame({"M": M, "us": us, "share": us[BARE] / us, "gain": gain, "rel_error": pd.Series(errors)})
