@@ -68,7 +68,7 @@ CALLS, MODEL, HOST = "call by call", "in a model", "host"  # of ms: GPU time, se
 NAMED = ["date", "command", "gpu", "torch", "triton", "dtype", "layout", "K", "N"]  # the same in a run's GPU times
 COLUMNS = [*NAMED, "M", "provider", "method", "ms", "ms_p20", "ms_p80", "speedup", "share_of_limit", "rel_error"]
 COLUMNS += ["peak_mib", "kept_mib"]  # of both passes: MiB beyond the inputs; between the two, beyond the result as well
-RECORDED_PLOT = "results/h100_bfloat16_linear.png"
+RECORDED_PLOT = "results/h200_bfloat16_linear_4096x14336.png"
 
 # The fused result is rounded once, to half a unit in the last place; twice that is allowed, plus what float32 sums
 # lose where the result is near zero. Eager PyTorch in bfloat16 or float16, which rounds four times, does not pass.

@@ -1,4 +1,4 @@
-"""Tests of benchmark.py, of the recorded results, and of what the README says of them."""
+"""Tests of benchmark.py."""
 
 import itertools
 import os
@@ -15,10 +15,8 @@ from matplotlib.figure import Figure
 
 import benchmark
 from baseline_torch_swiglu import torch_swiglu
-from benchmark import CALLS, COLUMNS, DTYPES, FLOAT8, HOST, LAYOUTS, MODEL, ROUNDING
+from benchmark import CALLS, DTYPES, FLOAT8, HOST, MODEL, ROUNDING
 from common import DEVICE, GPU, HERE, run_python
-
-README = (HERE / "README.md").read_text()
 
 
 def run_benchmark(*arguments, script=HERE / "benchmark.py", cwd):
@@ -242,21 +240,6 @@ def test_any_backend_may_be_set():
     run_python(code, MPLBACKEND="module://matplotlib_inline.backend_inline")
 
 
-def test_recorded_results():
-    recorded = [*(HERE / "results").glob("*float*.csv")]
-    assert (HERE / benchmark.RECORDED_PLOT).with_suffix(".csv") in recorded
-    for path in recorded:
-        assert list(pd.read_csv(path)) == COLUMNS, path
-        assert path.with_suffix(".png").is_file(), path
-
-
-def recorded(layout, kind=""):
-    """The CSV of this kind to which the README links first, of bfloat16, without the rows of host time."""
-    path = HERE / re.search(rf"results/\w+_bfloat16_{layout}{kind}\.csv", README)[0]
-    table = pd.read_csv(path)
-    return path, table[table.method != HOST]
-
-
 @pytest.mark.parametrize("passes", ["forward", "backward"])
 def test_showing_it_again(passes, tmp_path, monkeypatch, capsys):
     """The tables tell memory where it was measured; the plot each line's name, over no other one."""
@@ -278,78 +261,3 @@ def test_showing_it_again(passes, tmp_path, monkeypatch, capsys):
         assert {*benchmark.EVERY_PROVIDER} <= {text.get_text() for text in axis.texts}
         boxes = [text.get_window_extent() for text in axis.texts]
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-def by_m(table, column="ms", factor=1e3):  # microseconds
-    return table.pivot(index="M", columns="provider", values=column) * factor
-
-
-def assert_readme_has(*cells):
-    assert f"| {' | '.join(cells)} |" in README
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind, digits", [("", 1), ("_backward", 0)])
-def test_readme_tables(kind, digits, layout):
-    """| M | a column for each provider, in microseconds | speed-up of the fused kernel |"""
-    _, table = recorded(layout, kind)
-    for M, row in by_m(table).iterrows():
-        times = (f"{row[name]:.{digits}f}" for name in table.provider.unique())
-        assert_readme_has(f"{M}", *times, f"{row.torch / row.fused:.2f}x")
-    for column in ("gpu", "torch", "triton"):
-        assert table[column].iloc[0] in README
-
-
-@pytest.mark.parametrize("where, kind", [("in a graph", "_rotating"), ("call by call", "")])
-def test_readme_table_of_float8(where, kind):
-    table = pd.read_csv(HERE / f"results/h200_float8_e4m3fn_linear{kind}.csv")
-    times = by_m(table[table.method != HOST]).loc[[1, 16, 64, 128, 256, 512, 1024, 4096]]
-    for first, name in ((where, "torch"), ("", "packed-torch-compile"), ("", "fused")):
-        label = (
-            f"| {first} | torch | " if first else f"| | {'**fused**' if name == 'fused' else 'packed torch.compile'} | "
-        )
-        assert label + " | ".join(f"{ms:.1f}" for ms in times[name]) + " |" in README
-
-
-def test_readme_table_of_peers():
-    table = pd.read_csv(HERE / "results/h200_bfloat16_linear_peers.csv")
-    times = by_m(table[table.method != HOST])
-    for name in ("fused", *benchmark.PEERS):
-        assert_readme_has("**fused**" if name == "fused" else name, *(f"{us:.1f}" for us in times[name]))
-
-
-def test_readme_table_of_widths():
-    rows = re.findall(r"\[(\w+)\]\((results/\w+\.csv)\) \| (H.00) \|", README)
-    assert {name for name, *_ in rows} == {*DTYPES}
-    for name, path, card in rows:
-        table = pd.read_csv(HERE / path)
-        times = by_m(table[table.method != HOST]).loc[[1, 16, 64, 128, 256, 512, 1024, 4096, 16384]]
-        assert {*table.dtype} == {name} and card in table.gpu[0]
-        assert_readme_has(f"[{name}]({path})", card, *(f"{ratio:.2f}x" for ratio in times.torch / times.fused))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ["8192x28672", "2048x5632", "1024x4096"])
-def test_readme_table_of_other_shapes(shape, layout):
-    """A row for each CSV: microseconds (times as fast as eager, as the packed form under torch.compile)."""
-    path, table = recorded(layout, f"_{shape}")
-    cells = (
-        f"{row.fused:.1f} ({row.torch / row.fused:.2f}x, {row['packed-torch-compile'] / row.fused:.2f}x)"
-        for _, row in by_m(table).iterrows()
-    )
-    assert_readme_has(f"[{layout}](results/{path.name})", *cells)
-
-
-@pytest.mark.parametrize("column, label", [("kept_mib", "kept between the passes"), ("peak_mib", "at most")])
-def test_readme_table_of_memory(column, label):
-    _, table = recorded("linear", "_backward")
-    memory = by_m(table, column, factor=1)
-    for M in (2048, 4096, 8192):
-        assert_readme_has(f"{label}, M = {M}", *(f"{memory.loc[M, name]:.0f}" for name in table.provider.unique()))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_readme_table_of_batch_invariance(layout):
-    path, table = recorded(layout, "_batch_invariant")
-    cells = (f"{row.fused:.1f} → {row['fused-batch-invariant']:.1f}" for _, row in by_m(table).iterrows())
-    assert_readme_has(f"[{layout}](results/{path.name})", *cells)

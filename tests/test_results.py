@@ -1,0 +1,55 @@
+"""Tests of what is recorded under results/, and of what the two READMEs say of it."""
+
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+import benchmark
+from common import HERE
+
+sys.path.append(str(HERE / "results"))
+import tables
+
+TEXTS = {path.relative_to(HERE).as_posix(): path.read_text() for path in tables.FILES}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_are_up_to_date(name):
+    assert tables.rendered(TEXTS[name]) == TEXTS[name], "python results/tables.py writes them anew"
+    stale = re.sub(r"\d\.\d", "9.9", TEXTS[name])
+    assert tables.rendered(stale) != stale
+
+
+def test_every_block_is_used():
+    used = re.findall(r"<!-- (\w+) -->\n", "".join(TEXTS.values()))
+    assert sorted(used) == sorted(["end"] * (len(used) // 2) + list(tables.BLOCKS))
+
+
+def test_every_recording_is_told_of():
+    for path in (HERE / "results").glob("*float*.csv"):
+        table = pd.read_csv(path)
+        assert list(table) == benchmark.COLUMNS, path
+        assert table.date.isna().all() or benchmark.read_run(path) is not None
+        assert path.stem in "".join(TEXTS.values())
+    assert (HERE / benchmark.RECORDED_PLOT).is_file()
+
+
+def test_links_lead_somewhere():
+    for name, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^):]+)\)", text):
+            assert (HERE / name).parent.joinpath(target).exists(), (name, target)
+
+
+def test_tables_are_written(tmp_path):
+    """The script does what the test above compares with."""
+    copy = tmp_path / "results"
+    copy.mkdir()
+    for path in (HERE / "results").iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "README.md").write_text("<!-- headline -->\nold\n<!-- end -->\n")
+    subprocess.run([sys.executable, copy / "tables.py"], check=True)
+    assert (tmp_path / "README.md").read_text() == f"<!-- headline -->\n{tables.headline()}\n<!-- end -->\n"
