@@ -16,22 +16,23 @@ FILES = RESULTS.parent / "README.md", RESULTS / "README.md"
 MAIN = "h200_bfloat16_linear_4096x14336"
 CALLS, MODEL, HOST = "call by call", "in a model", "host"  # as in benchmark.py
 BARE = "packed-matmul-only"
+RECORDED = sorted(RESULTS.glob("*float*.csv"))  # by benchmark.py
 
 
 def read(name):
     return pd.read_csv(RESULTS / f"{name}.csv")
 
 
-def times(name, method=CALLS):
-    """Microseconds by M and provider."""
+def by_m(name, column, method=CALLS, factor=1):
+    """A column of one recording, by M and provider."""
     rows = read(name)
     rows = rows[rows.method == method]
-    return rows.pivot(index="M", columns="provider", values="ms")[rows.provider.unique()] * 1e3
+    return rows.pivot(index="M", columns="provider", values=column)[rows.provider.unique()] * factor
 
 
-def recorded(name):
-    """The methods of a recording, and their times."""
-    return {method: us for method in (CALLS, MODEL) if len(us := times(name, method))}
+def times(name, method=CALLS):
+    """Microseconds by M and provider, empty if not recorded in this way."""
+    return by_m(name, "ms", method, factor=1e3)
 
 
 def markdown(head, rows):
@@ -39,16 +40,28 @@ def markdown(head, rows):
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, right, *rows))
 
 
-def by_m(name, digits=1):
-    """Microseconds of one recording: a row for each provider and method, a column for each M."""
-    both = recorded(name)
-    rows = [
-        [f"{provider}, {method}" if len(both) > 1 else provider, *(f"{value:.{digits}f}" for value in us[provider])]
-        for method, us in both.items()
-        for provider in us.columns
-    ]
-    (Ms,) = {tuple(us.index) for us in both.values()}
-    return markdown([f"[µs, median]({name}.csv)", *(f"M = {M}" for M in Ms)], rows)
+def recordings():
+    """For each CSV of the benchmark: what it is, and a row for each provider and method, a column for each M."""
+    sections = []
+    for path in RECORDED:
+        first = read(path.stem).iloc[-1]
+        both = pd.notna(first.peak_mib)
+        what = f"{first.gpu}, {first['dtype']}, {first.layout} weights, K = {first.K}, N = {first.N}"
+        how = f"torch {first.torch}, triton {first.triton}, {first.date}, `{first.command}`"
+        if pd.isna(first.command):
+            how = f"torch {first.torch}, triton {first.triton}, date and command not recorded"
+        tables = {f"{method}, µs": times(path.stem, method) for method in (CALLS, MODEL)}
+        if both:
+            tables |= {"MiB at most": by_m(path.stem, "peak_mib"), "MiB kept": by_m(path.stem, "kept_mib")}
+        rows = [
+            [f"{provider}, {unit}", *(f"{value:.{0 if both else 1}f}" for value in table[provider])]
+            for unit, table in tables.items()
+            for provider in table
+        ]
+        Ms = next(table.index for table in tables.values() if len(table))
+        head = f"### [{path.stem}]({path.name})\n\n{what}{', both passes' * both}; {how}."
+        sections.append(f"{head}\n\n{markdown(['', *(f'M = {M}' for M in Ms)], rows)}")
+    return "\n\n".join(sections)
 
 
 def headline():
@@ -87,9 +100,12 @@ def main_table():
 def losses():
     """Wherever another form of SwiGLU is more than 1 % ahead of the fused kernel, in any CSV here."""
     lines = []
-    for path in sorted(RESULTS.glob("*float*.csv")):
+    for path in RECORDED:
         first, cases = read(path.stem).iloc[-1], []
-        for method, us in recorded(path.stem).items():
+        for method in (CALLS, MODEL):
+            us = times(path.stem, method)
+            if us.empty:
+                continue
             others = us.drop(columns=[BARE, *(name for name in us if name.startswith("fused"))], errors="ignore")
             ahead = us.fused / others.min(axis=1) - 1
             best = [f"M = {M} {others.loc[M].idxmin()} by {ahead[M]:.0%}" for M in us.index[ahead >= 0.01]]
@@ -112,25 +128,6 @@ def staircase(*Ms):
     return markdown(["step", *(head for M in Ms for head in (f"M = {M}, µs", "of cuBLAS", "gain"))], rows)
 
 
-def files():
-    rows = []
-    for path in sorted(RESULTS.glob("*.csv")):
-        first = pd.read_csv(path).iloc[-1]
-        known = {"date": "by 2026-11-25", "command": "not recorded"} | first.dropna().to_dict()
-        link, card = f"[{path.name}]({path.name})", known["gpu"].split()[1]
-        rows.append([link, card, known["date"], known["triton"], known["command"]])
-    return markdown(["file", "card", "date", "Triton", "command"], rows)
-
-
-def memory():
-    rows = read("h100_bfloat16_linear_backward").dropna(subset="peak_mib")
-    table = []
-    for column, label in (("kept_mib", "kept between the passes"), ("peak_mib", "at most")):
-        mib = rows.pivot(index="M", columns="provider", values=column)[rows.provider.unique()]
-        table += [[f"{label}, M = {M}", *(f"{value:.0f}" for value in mib.loc[M])] for M in (2048, 4096, 8192)]
-    return markdown(["MiB", *rows.provider.unique()], table)
-
-
 BLOCKS = {
     "headline": headline,
     "output": output,
@@ -138,24 +135,7 @@ BLOCKS = {
     "losses": losses,
     "staircase": partial(staircase, 512, 4096),
     "staircase_few_rows": partial(staircase, 16),
-    "files": files,
-    "all_of_main": partial(by_m, MAIN),
-    "peers": partial(by_m, f"{MAIN}_peers"),
-    "llama_70b": partial(by_m, "h200_bfloat16_linear_8192x28672"),
-    "tinyllama": partial(by_m, "h200_bfloat16_linear_2048x5632"),
-    "row_major": partial(by_m, "h200_bfloat16_row-major"),
-    "h100": partial(by_m, "h100_bfloat16_linear"),
-    "h100_row_major": partial(by_m, "h100_bfloat16_row-major"),
-    "float16": partial(by_m, "h100_float16_linear"),
-    "float32": partial(by_m, "h100_float32_linear"),
-    "float32_row_major": partial(by_m, "h100_float32_row-major"),
-    "float8": partial(by_m, "h200_float8_e4m3fn_linear"),
-    "float8_in_a_model": partial(by_m, "h200_float8_e4m3fn_linear_rotating"),
-    "training": partial(by_m, "h100_bfloat16_linear_backward", digits=0),
-    "training_row_major": partial(by_m, "h100_bfloat16_row-major_backward", digits=0),
-    "memory": memory,
-    "batch_invariance": partial(by_m, "h200_bfloat16_linear_batch_invariant"),
-    "batch_invariance_row_major": partial(by_m, "h200_bfloat16_row-major_batch_invariant"),
+    "recordings": recordings,
 }
 
 
