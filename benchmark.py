@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -178,24 +179,31 @@ def gradient_limit(dtype, eager_error):
 
 
 def check_contenders(contenders, operands, dy, scales):
-    """What is wrong with the fused kernels, in a sentence each, and each contender's errors, but of peers that fail."""
-    wrong, errors, dtype = [], {}, operands.x.dtype
+    """Of each fused kernel what is wrong with it, or "", and each contender's relative errors. No peer that fails."""
+    verdicts, errors, dtype = {}, {}, operands.x.dtype
     expected = reference(*operands[:3], dy, scales)
     for name, run in contenders.items():
         if name.startswith("fused"):
             correct, errors[name] = check(lambda run=run: run(operands), expected, dtype, errors["torch"])
             pairs = zip(("y", "dx", "dw_gate", "dw_up"), errors[name], errors["torch"], strict=False)
             pairs = ", ".join(f"{of} {error:.1e} ({eager_error:.1e})" for of, error, eager_error in pairs)
-            limit = f"{TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error"
-            wrong += [] if correct else [f"{name}: beyond {limit}; relative errors (eager PyTorch's) {pairs}"]
+            limit = f"beyond {TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error"
+            verdicts[name] = "" if correct else f"{limit}; relative errors (eager PyTorch's) {pairs}"
         elif name != "packed-matmul-only":
-            try:
+            with left_out_if_it_fails(name):
                 errors[name] = relative_errors(run(operands), expected)
-            except Exception as error:
-                if name not in PEERS:
-                    raise
-                print(f"{name} left out: {in_one_line(error)}")
-    return wrong, errors
+    return verdicts, errors
+
+
+@contextlib.contextmanager
+def left_out_if_it_fails(name):
+    """A peer: whether and where other people's packages work is their own affair."""
+    try:
+        yield
+    except Exception as error:
+        if name not in PEERS:
+            raise
+        print(f"{name} left out: {in_one_line(error)}")
 
 
 def in_one_line(error):
@@ -296,19 +304,22 @@ def new_path(folder, gpu, kind):
 def write_csv(rows, path):
     """All at once, so that whoever is interrupted leaves a whole file."""
     unfinished = path.with_suffix(".unfinished")
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(unfinished, index=False, float_format="%.6g")
-    unfinished.replace(path)
+    try:
+        pd.DataFrame(rows, columns=COLUMNS).to_csv(unfinished, index=False, float_format="%.6g")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def measure(M, args, limits, progress):
-    """What is wrong with the fused kernels for this M, and if nothing is, rows of the table."""
+    """What check_contenders says of the fused kernels for this M and, if nothing is wrong, rows of the table."""
     K, N = args.k, args.n
     first, dy, scales = make_operands(M, K, N, args)
     forward = make_contenders(args.providers, scales)
     contenders = {name: differentiated(run, dy) for name, run in forward.items()}
-    wrong, errors = check_contenders(contenders, first, dy, scales)
-    if wrong:
-        return wrong, []
+    verdicts, errors = check_contenders(contenders, first, dy, scales)
+    if any(verdicts.values()):
+        return verdicts, []
     contenders = {name: run for name, run in contenders.items() if name in errors or name == "packed-matmul-only"}
     memory = {name: memory_of(forward[name], first, dy) for name in contenders} if args.backward else {}
 
@@ -318,20 +329,23 @@ def measure(M, args, limits, progress):
     for i in range(ROUNDS):
         for name in shuffled(contenders, i):
             progress.set_description(f"M = {M}, {name}")
-            for method in (CALLS, MODEL):
-                times[name, method] += gpu_times(contenders[name], operands, method, args)
             progress.update()
+            with left_out_if_it_fails(name):
+                for method in (CALLS, MODEL):
+                    times[name, method] += gpu_times(contenders[name], operands, method, args)
+                continue
+            del contenders[name]
 
     bandwidth, rate = limits
     flops = 4 * M * N * K * (1 + 2 * args.backward)
     result_bytes = M * N * max(first.x.element_size(), 2)
     least_bytes = (first.x.nbytes + first.w_gate.nbytes + first.w_up.nbytes + result_bytes) * (1 + args.backward)
-    rows = summarize(times, M, K, N)
+    rows = summarize({key: ms for key, ms in times.items() if key[0] in contenders}, M, K, N)
     for row in rows:
         row["share_of_limit"] = max(least_bytes / bandwidth, flops / rate) / row["ms"]
         row["rel_error"] = np.max(errors.get(row["provider"], math.nan))  # NaN if one is there
         row["peak_mib"], row["kept_mib"] = memory.get(row["provider"], (None, None))
-    return [], rows
+    return verdicts, rows
 
 
 def shuffled(names, seed):
@@ -387,75 +401,75 @@ def measure_host_cost(args):
     return summarize(times, *HOST_SHAPE)
 
 
-def run_on_gpu(args):
+def run_on_gpu(args, checked):
     other_users()
-    named = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", "benchmark.py", *sys.argv[1:]])}
-    named |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    named |= {"dtype": args.dtype, "layout": args.layout}
+    command = shlex.join(["python", "benchmark.py", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
+    named = {"date": datetime.date.today().isoformat(), "command": command, "gpu": torch.cuda.get_device_name()}
+    named |= {"torch": torch.__version__, "triton": triton.__version__, "dtype": args.dtype, "layout": args.layout}
     print("{gpu}, PyTorch {torch}, Triton {triton}".format(**named))
     print(f"{args.dtype}, K = {args.k}, N = {args.n}, {args.layout} weights")
     kind = f"{args.dtype}_{args.layout}_{args.k}x{args.n}{'_backward' * args.backward}"
-    path = new_path(args.output_dir, named["gpu"], kind)
-    rows, checks, wrong, ended = [], 0, [], None
-    with tqdm(total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None) as bar:
-        try:
-            bandwidth, rate = limits = measure_limits(DTYPES[args.dtype])
-            print(f"measured limits: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
-            host_rows = measure_host_cost(args)
-            host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
-            what = "both passes" if args.backward else "a call"
-            print(f"host time of {what}, us (M, K, N = {HOST_SHAPE}): {host_costs}\n\nus {CALLS} | {MODEL}")
-            for M in args.m:
-                wrong_here, measured = measure(M, args, limits, bar)
-                checks += sum(name.startswith("fused") for name in args.providers)
-                wrong += [f"M = {M}, {sentence}" for sentence in wrong_here]
-                by_provider = pd.DataFrame(measured, columns=COLUMNS).groupby("provider", sort=False).ms
-                medians = [f"{name} {' | '.join(f'{ms * 1e3:.1f}' for ms in pair)}" for name, pair in by_provider]
-                bar.write(f"M = {M:5}  {', '.join(medians) or 'WRONG, not timed'}")
-                rows += measured
-                if rows:
-                    write_csv([named | row for row in host_rows + rows], path)
-        except (Exception, KeyboardInterrupt) as error:
-            ended = error
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the table and the plot
+    path, rows = new_path(args.output_dir, named["gpu"], kind), []
+    progress = tqdm(total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None)
     try:
-        report([named | row for row in host_rows + rows] if rows else [], path)
+        bandwidth, rate = limits = measure_limits(DTYPES[args.dtype])
+        print(f"measured limits: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
+        host_rows = [named | row for row in measure_host_cost(args)]
+        host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
+        what = "both passes" if args.backward else "a call"
+        print(f"host time of {what}, us (M, K, N = {HOST_SHAPE}): {host_costs}\n\nus {CALLS} | {MODEL}")
+        for M in args.m:
+            verdicts, measured = measure(M, args, limits, progress)
+            checked |= {f"M = {M}, {name}": verdict for name, verdict in verdicts.items()}
+            by_provider = pd.DataFrame(measured, columns=COLUMNS).groupby("provider", sort=False).ms
+            medians = [f"{name} {' | '.join(f'{ms * 1e3:.1f}' for ms in pair)}" for name, pair in by_provider]
+            progress.write(f"M = {M:5}  {', '.join(medians) or 'WRONG, not timed'}")
+            rows += [named | row for row in measured]
+            if rows:
+                write_csv(host_rows + rows, path)
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if not isinstance(ended, (KeyboardInterrupt, torch.OutOfMemoryError, type(None))):
-        traceback.print_exception(ended)
-    return verdict(checks, wrong, ended)
+        progress.close()
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the table and the plot
+        try:
+            report(host_rows + rows if rows else [], path)
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
 
 def report(rows, path):
-    """Whatever ended the run: the CSV and the plot of what was measured, then its tables."""
-    if not rows:
-        return path.unlink()
+    """The CSV and the plot of what was measured, and its tables, even if one of these fails."""
     table = pd.DataFrame(rows, columns=COLUMNS)
     try:
-        write_csv(rows, path)
-        plot(table, path.with_suffix(".png"))
-    except OSError as error:
-        print(f"{path} or its plot could not be written: {error}. It would hold:\n{table.to_csv(index=False)}")
-    print_tables(table)
-    print(f"\n{path}\n{path.with_suffix('.png')}")
+        if rows:
+            write_csv(rows, path)
+            plot(table, path.with_suffix(".png"))
+            print(f"\n{path}\n{path.with_suffix('.png')}")
+    except OSError:  # a full disk, say
+        path.with_suffix(".png").unlink(missing_ok=True)
+        print(f"\nnot all could be written; the CSV would hold\n\n{table.to_csv(index=False)}")
+        raise
+    finally:
+        if path.stat().st_size == 0:
+            path.unlink()
+        if rows:
+            print_tables(table)
 
 
-def verdict(checks, wrong, ended=None):
-    """Print the last line, return the exit status."""
+def verdict(checked, ended):
+    """Print the last line, return the exit status. `checked`: a name, and what is wrong with it, or ""."""
+    wrong = [f"{name}: {sentence}" for name, sentence in checked.items() if sentence]
     if ended is not None:
         print(f"ENDED by {in_one_line(ended)}, after:", end=" ")
     if wrong:
-        print(f"WRONG in {len(wrong)} of {checks} checks: {'; '.join(wrong)}")
+        print(f"WRONG in {len(wrong)} of {len(checked)} checks: {'; '.join(wrong)}")
     else:
-        print(f"{checks} checks of the fused kernel passed, none failed")
+        print(f"{len(checked)} checks of the fused kernel passed, none failed")
     return 130 if isinstance(ended, KeyboardInterrupt) else int(bool(wrong or ended))
 
 
-def run_interpreted(args):
+def run_interpreted(args, checked):
     print("No GPU found: checking the kernel through Triton's interpreter, in all dtypes and layouts.")
     print("The shapes are small and fixed there: of the options only --backward matters.\n")
-    checks, wrong = 0, []
     for args.dtype in DTYPES:
         float8, largest = DTYPES[args.dtype] == FLOAT8, {}
         if float8 and args.backward:
@@ -464,13 +478,12 @@ def run_interpreted(args):
             operands, dy, scales = make_operands(*shape, args)
             contenders = make_contenders(["torch", "fused"] + ["fused-recompute"] * args.backward, scales)
             both = {name: differentiated(run, dy) for name, run in contenders.items()}
-            wrong_here, errors = check_contenders(both, operands, dy, scales)
-            wrong += [f"{args.dtype}, {args.layout}, M, K, N = {shape}, {sentence}" for sentence in wrong_here]
-            checks += len(both) - 1
+            verdicts, errors = check_contenders(both, operands, dy, scales)
+            where = f"{args.dtype}, {args.layout}, M, K, N = {shape}"
+            checked |= {f"{where}, {name}": verdict for name, verdict in verdicts.items()}
             largest = {name: np.max([largest.get(name, 0), *of]) for name, of in errors.items()}
         print(f"{args.dtype:13}  largest relative error: {', '.join(f'{n} {e:.1e}' for n, e in largest.items())}")
     print(f"\nSpeed was not measured: that needs a GPU. The plot of a recorded run is {RECORDED_PLOT}")
-    return verdict(checks, wrong)
 
 
 def print_tables(table):
@@ -533,26 +546,30 @@ def plot(table, path):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"SwiGLU forward{' + backward' if both else ''}, {first.gpu}, {first['dtype']}, K = {first.K}, N = {first.N}, "
-        f"{first.layout} weights (torch {first.torch}, triton {first.triton}, {first.date})"
+        f"{first.layout} weights (torch {first.torch}, triton {first.triton}, {first.date})",
+        parse_math=False,
     )
     figure.savefig(path, dpi=130)
 
 
 def read_run(path):
     """The table of one run of this benchmark. ValueError where the file holds something else."""
-    table = pd.read_csv(path, usecols=COLUMNS, dtype=dict.fromkeys("KNM", int) | dict.fromkeys(COLUMNS[12:], float))
+    numbers = dict.fromkeys("KNM", int) | dict.fromkeys(COLUMNS[12:], float)
+    table = pd.read_csv(path, usecols=COLUMNS, dtype=numbers, compression=None)
     timed = table[table.method != HOST]
-    once = timed.groupby(NAMED).ngroups == 1 and not timed.duplicated(["M", "provider", "method"]).any()
-    known = {*timed.provider} <= {*EVERY_PROVIDER} and {*timed.method} == {CALLS, MODEL}
-    if not once or not known or timed.loc[:, "ms":"share_of_limit"].isna().any(axis=None):
+    columns = timed.pivot(index="M", columns=["method", "provider"], values="ms")  # ValueError: one is there twice
+    calls, model = ({*columns.get(method, {})} for method in (CALLS, MODEL))
+    sensible = (timed[["M", *COLUMNS[12:16]]] > 0).all(axis=None) and np.isfinite(timed.ms).all()
+    one_run = sensible and columns.notna().all(axis=None) and timed.groupby(NAMED, dropna=False).ngroups == 1
+    if not one_run or calls != model or "torch" not in calls or not calls <= {*EVERY_PROVIDER}:
         raise ValueError("expected one run of this benchmark, with each contender once for each M and method")
     return table
 
 
 def positive_int(text):
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if not 0 < value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more, and less than 2**31")
     return value
 
 
@@ -585,11 +602,6 @@ def parse_args(argv=None):
         parser.error(f"--providers {' '.join(sorted(wrong))}: with these options expected some of {possible}")
     chosen = {"torch", *(args.providers or PROVIDERS + BACKWARD_PROVIDERS)}
     args.providers = [name for name in possible if name in chosen or "all" in chosen]
-    if args.plot:
-        try:
-            args.table = read_run(args.plot)
-        except (OSError, ValueError) as error:
-            parser.error(f"--plot {args.plot}: {in_one_line(error)}")
     try:  # now, not after an hour of measuring
         args.output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
@@ -598,16 +610,31 @@ def parse_args(argv=None):
     return args
 
 
+def draw_again(path):
+    """The plot of a CSV, beside it, in place of the one that may be there."""
+    try:
+        if path.suffix != ".csv":
+            raise ValueError("expected a .csv")
+        plot(read_run(path), path.with_suffix(".png"))
+    except (OSError, ValueError, OverflowError) as error:
+        sys.exit(f"--plot {path}: {in_one_line(error)}")
+    print(path.with_suffix(".png"))
+
+
 def main():
-    sys.stdout.reconfigure(line_buffering=True)  # medians as they come, through a pipe too
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # medians as they come, through a pipe too
     args = parse_args()
     if args.plot:
-        path = args.plot.with_suffix(".png")
-        plot(args.table, path)
-        print(path)
-        return 0
+        return draw_again(args.plot)
+    checked, ended = {}, None
     try:
-        return run_on_gpu(args) if torch.cuda.is_available() else run_interpreted(args)
+        run_on_gpu(args, checked) if torch.cuda.is_available() else run_interpreted(args, checked)
+    except (Exception, KeyboardInterrupt) as error:
+        ended = error
+        if not isinstance(ended, (KeyboardInterrupt, torch.OutOfMemoryError, BrokenPipeError)):
+            traceback.print_exc()
+    try:
+        return verdict(checked, ended)
     except BrokenPipeError:  # the reader of what is printed has gone, as `head` does. What was measured is in the files
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

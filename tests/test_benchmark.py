@@ -1,12 +1,14 @@
 """Tests of benchmark.py."""
 
 import itertools
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -105,9 +107,9 @@ def test_float8_is_judged_by_its_norm_too():
         assert benchmark.check(lambda y=y: y, expected, FLOAT8, eager_errors=[0.004])[0] == right
 
 
-NOT_ONE_RUN = "expected one run of this benchmark, with each contender once for each M and method"
 REFUSED = {
-    "--m 0": "argument --m: 0 is not 1 or more",
+    "--m 0": "argument --m: 0 is not 1 or more, and less than 2**31",
+    "--m 99999999999999999999999": "99999999999999999999999 is not 1 or more",
     "--k many": "argument --k: invalid positive_int value: 'many'",
     "--model small --k 8": "--model gives K and N",
     "--providers cublas": "argument --providers: invalid choice: 'cublas'",
@@ -116,16 +118,6 @@ REFUSED = {
     "--dtype float8_e4m3fn --backward": "--dtype float8_e4m3fn has no --backward",
     "--dtype float8_e4m3fn --layout row-major": "no --layout but linear",
     "--dtype float8_e4m3fn --n 24": "no K and N but in steps of 16",
-    "--plot nothing.csv": "--plot nothing.csv: FileNotFoundError: [Errno 2] No such file",
-    "--plot no-columns.csv": "--plot no-columns.csv: ValueError: Usecols do not match columns",
-    "--plot empty.csv": "--plot empty.csv: EmptyDataError: No columns",
-    "--plot binary.png": "--plot binary.png: UnicodeDecodeError: ",
-    "--plot text.csv": "--plot text.csv: ValueError: could not convert string to float: 'fast'",
-    "--plot untimed.csv": f"--plot untimed.csv: ValueError: {NOT_ONE_RUN}",
-    "--plot two-gpus.csv": f"--plot two-gpus.csv: ValueError: {NOT_ONE_RUN}",
-    "--plot twice.csv": f"--plot twice.csv: ValueError: {NOT_ONE_RUN}",
-    "--plot one-way.csv": f"--plot one-way.csv: ValueError: {NOT_ONE_RUN}",
-    "--plot someone.csv": f"--plot someone.csv: ValueError: {NOT_ONE_RUN}",
     "--output-dir a-file": "--output-dir a-file cannot be written: File exists",
 }
 
@@ -142,22 +134,56 @@ def a_run(*Ms, providers=("torch", "fused")):
 def test_refuses(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a-file").touch()
-    Path("no-columns.csv").write_text("gpu\nnone\n")
-    Path("empty.csv").touch()
-    Path("binary.png").write_bytes(b"\x89PNG\r\n")
-    rows = a_run(1, 16)
-    benchmark.write_csv(rows, Path("good.csv"))
-    benchmark.parse_args(["--plot", "good.csv"])
-    benchmark.write_csv([*rows[1:], rows[0] | {"ms": "fast"}], Path("text.csv"))
-    benchmark.write_csv([*rows[1:], rows[0] | {"ms": None}], Path("untimed.csv"))
-    benchmark.write_csv([*rows[1:], rows[0] | {"gpu": "other"}], Path("two-gpus.csv"))
-    benchmark.write_csv([*rows, rows[0]], Path("twice.csv"))
-    benchmark.write_csv([row for row in rows if row["method"] == CALLS], Path("one-way.csv"))
-    benchmark.write_csv([*rows[1:], rows[0] | {"provider": "someone"}], Path("someone.csv"))
     with pytest.raises(SystemExit) as stopped:
         benchmark.parse_args(line.split())
     assert stopped.value.code == 2
     assert REFUSED[line] in capsys.readouterr().err.splitlines()[-1]
+
+
+NOT_ONE_RUN = "ValueError: expected one run of this benchmark, with each contender once for each M and method"
+RUN = a_run(1, 16)
+NOT_PLOTTED = {  # what a file holds, and what is said of it
+    "nothing": (None, "FileNotFoundError: [Errno 2] No such file"),
+    "empty": (b"", "EmptyDataError: No columns"),
+    "binary": (b"\x89PNG\r\n", "UnicodeDecodeError: "),
+    "no columns": (b"gpu\nnone\n", "ValueError: Usecols do not match columns"),
+    "text": ([*RUN[1:], RUN[0] | {"ms": "fast"}], "ValueError: could not convert string to float: 'fast'"),
+    "huge": ([*RUN[1:], RUN[0] | {"M": 10**23}], "OverflowError: "),
+    "untimed": ([*RUN[1:], RUN[0] | {"ms": None}], NOT_ONE_RUN),
+    "infinite": ([*RUN[1:], RUN[0] | {"ms": math.inf}], NOT_ONE_RUN),
+    "negative": ([*RUN[1:], RUN[0] | {"speedup": -1}], NOT_ONE_RUN),
+    "no rows": ([row | {"M": row["M"] - 1} for row in RUN], NOT_ONE_RUN),
+    "two GPUs": ([*RUN[1:], RUN[0] | {"gpu": "other"}], NOT_ONE_RUN),
+    "no GPU": ([*RUN[1:], RUN[0] | {"gpu": None, "dtype": "other"}], NOT_ONE_RUN),
+    "twice": ([*RUN, RUN[0]], "ValueError: Index contains duplicate entries"),
+    "one way": ([row for row in RUN if row["method"] == CALLS], NOT_ONE_RUN),
+    "one M in one way": (RUN[:-1], NOT_ONE_RUN),
+    "fused in one way": ([row for row in RUN if row["provider"] == "torch" or row["method"] == CALLS], NOT_ONE_RUN),
+    "no torch": ([row for row in RUN if row["provider"] == "fused"], NOT_ONE_RUN),
+    "someone": ([row | {"provider": row["provider"].replace("fused", "someone")} for row in RUN], NOT_ONE_RUN),
+}
+
+
+@pytest.mark.parametrize("what", NOT_PLOTTED)
+def test_plots_one_run_only(what, tmp_path):
+    content, message = NOT_PLOTTED[what]
+    path = tmp_path / "run.csv"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        benchmark.write_csv(content, path)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.draw_again(path)
+    assert stopped.value.code.startswith(f"--plot {path}: {message}") and "\n" not in stopped.value.code
+    assert not path.with_suffix(".png").exists()
+
+
+def test_a_plot_is_not_read(tmp_path):
+    path = tmp_path / "run.png"
+    benchmark.write_csv(RUN, path)
+    with pytest.raises(SystemExit, match=r"expected a \.csv"):
+        benchmark.draw_again(path)
+    assert path.read_text().startswith("date,")
 
 
 FAILURES = {
@@ -168,71 +194,149 @@ FAILURES = {
 
 
 @pytest.fixture
-def measured_up_to_16(monkeypatch):
-    """benchmark.run_on_gpu times nothing: rows come from a_run, and beyond M = 16 what is put in the list is raised."""
-    failures = []
+def timed_by_rule(monkeypatch):
+    """All of a run on a GPU but the GPU: calls run on the CPU, and what they take is told by a rule.
 
-    def measure(M, args, limits, progress):
-        if M > 16 and failures:
+    The time of a call is its number among the M timed, in milliseconds, twice that in a model. What is put in the list
+    returned is raised where fused is timed for the second M.
+    """
+    failures, Ms = [], []
+
+    def time(run, method, count):
+        run()
+        if len({*Ms}) == 2 and failures:
             raise failures[0]
-        return [], [row for row in a_run(1, 16, 64) if row["M"] == M]
+        return [count * len({*Ms}) * (1 if method == CALLS else 2)] * 10
 
-    monkeypatch.setattr(benchmark, "measure", measure)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda dtype: (3e9, 8e11))
-    monkeypatch.setattr(benchmark, "measure_host_cost", lambda args: [a_run(1)[0] | {"method": HOST}])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    def check_contenders(contenders, operands, dy, scales, real=benchmark.check_contenders):
+        Ms.append(len(operands.x))
+        return real(contenders, operands, dy, scales)
+
+    monkeypatch.setattr(benchmark, "check_contenders", check_contenders)
+    monkeypatch.setattr(benchmark, "do_bench", lambda run, **_: time(run, CALLS, 1))
+    sets = math.ceil(2**17 / (2 * 64 * 96 * 2))
+    monkeypatch.setattr(benchmark, "MODEL_BYTES", 2**17)
+    monkeypatch.setattr(benchmark, "do_bench_cudagraph", lambda run, **_: time(run, MODEL, sets))
+    monkeypatch.setattr(benchmark, "measure_limits", lambda dtype: (2e4, 1e9))
+    monkeypatch.setattr(benchmark, "HOST_CALLS", 1)
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: r"NVIDIA H100 80GB $\frac$")
     return failures
 
 
-def run_on_gpu(tmp_path):
-    args = ["--m", "1", "16", "64", "--k", "64", "--n", "96", "--output-dir", str(tmp_path)]
-    return benchmark.run_on_gpu(benchmark.parse_args(args))
+def run_on_gpu(tmp_path, monkeypatch, *options):
+    """main() as where there is a GPU; operands stay on the CPU."""
+    argv = ["benchmark.py", "--m", "3", "17", "--k", "64", "--n", "96", "--output-dir", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(benchmark, "run_interpreted", benchmark.run_on_gpu)
+    return benchmark.main()
 
 
+@pytest.mark.skipif(GPU, reason="simulates a GPU")
+def test_rows_of_a_run(tmp_path, monkeypatch, timed_by_rule, capsys):
+    assert run_on_gpu(tmp_path, monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "2 checks of the fused kernel passed, none failed"
+    table = benchmark.read_run(tmp_path / "h100-80gb-frac-_bfloat16_linear_64x96.csv")
+    table = table[table.method != HOST]
+    assert [*table.provider.unique()] == [*benchmark.PROVIDERS]
+    twice = benchmark.summarize({("torch", CALLS): [2.0], ("fused", CALLS): [1.0]}, 1, 1, 1)[1]
+    assert twice["provider"] == "fused" and twice["speedup"] == 2
+    nth = table.M.map({3: 1, 17: 2})
+    assert (table.ms == nth * table.method.map({CALLS: 1, MODEL: 2})).all() and (table.speedup == 1).all()
+    limit = 2 * (table.M * 64 + 2 * 64 * 96 + table.M * 96) / 2e4  # bytes over the rate of a copy
+    torch.testing.assert_close(
+        torch.tensor(table.share_of_limit.to_numpy()), torch.tensor((limit / table.ms).to_numpy()), rtol=1e-5, atol=0
+    )
+    assert (table.rel_error[table.provider == "fused"] < ROUNDING[torch.bfloat16]).all()
+
+
+@pytest.mark.skipif(GPU, reason="simulates a GPU")
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_was_measured_is_kept(failure, tmp_path, measured_up_to_16, capsys):
+def test_what_was_measured_is_kept(failure, tmp_path, monkeypatch, timed_by_rule, capsys):
     status, error = FAILURES[failure]
-    measured_up_to_16.append(error)
-    assert run_on_gpu(tmp_path) == status
-    path = tmp_path / "h100-80gb-hbm3_bfloat16_linear_64x96.csv"
-    table = benchmark.read_run(path)
-    assert {*table.M} == {1, 16} and {*tmp_path.iterdir()} == {path, path.with_suffix(".png")}
+    timed_by_rule.append(error)
+    assert run_on_gpu(tmp_path, monkeypatch) == status
+    path = tmp_path / "h100-80gb-frac-_bfloat16_linear_64x96.csv"
+    timed = benchmark.read_run(path)
+    assert {*timed.M[timed.method != HOST]} == {3}
+    assert {*tmp_path.iterdir()} == {path, path.with_suffix(".png")}
     out, err = capsys.readouterr()
-    assert len(re.findall(r"^16 .* 10.0 .* 1.10x +90%$", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^3 .* [12]000.0 .* 1.00x +\d+%$", out, re.MULTILINE)) == 2
     first_line = str(error).partition("\n")[0]
-    kept = f"ENDED by {type(error).__name__}: {first_line}, after: 2 checks of the fused kernel passed, none failed"
+    kept = f"ENDED by {type(error).__name__}: {first_line}, after: 1 checks of the fused kernel passed, none failed"
     assert out.splitlines()[-1] == kept
     assert ("Traceback" in err) == (failure == "kernel")
 
 
-def test_nothing_is_overwritten(tmp_path, measured_up_to_16):
+@pytest.mark.skipif(GPU, reason="simulates a GPU")
+def test_nothing_is_overwritten(tmp_path, monkeypatch, timed_by_rule):
     for count in (1, 2, 3):
-        assert run_on_gpu(tmp_path) == 0
+        assert run_on_gpu(tmp_path, monkeypatch, "--providers", "fused") == 0
         assert len([*tmp_path.iterdir()]) == 2 * count
-    assert (tmp_path / "h100-80gb-hbm3_bfloat16_linear_64x96_3.png").is_file()
+    (first,) = tmp_path.glob("*_64x96.csv")
+    first.unlink()  # its plot is still there
+    assert run_on_gpu(tmp_path, monkeypatch, "--providers", "fused") == 0
+    assert len([*tmp_path.iterdir()]) == 7 and not first.exists()
 
 
-def test_a_full_disk_costs_no_figure(tmp_path, measured_up_to_16, monkeypatch, capsys):
-    def full(self, path, **options):
-        raise OSError(28, "No space left on device", str(path))
+@pytest.mark.skipif(GPU, reason="simulates a GPU")
+def test_a_peer_may_fail_at_any_time(tmp_path, monkeypatch, timed_by_rule, capsys):
+    calls = []
 
-    with monkeypatch.context() as patch:
-        to_csv = pd.DataFrame.to_csv
-        patch.setattr(pd.DataFrame, "to_csv", lambda t, to=None, **o: to_csv(t, **o) if to is None else full(t, to))
-        assert run_on_gpu(tmp_path) == 1
+    def peer(module):
+        calls.append(module)
+        if len(calls) > 3:  # later than in the check
+            raise RuntimeError("not in a graph")
+        return SimpleNamespace(gemm_swiglu=lambda x, gate, up, *_: (torch_swiglu(x, gate.t(), up.t()),))
+
+    monkeypatch.setattr(benchmark, "import_module", peer)
+    assert run_on_gpu(tmp_path, monkeypatch, "--providers", "fused", "flash-swiglu-mlp") == 0
+    assert "flash-swiglu-mlp left out: RuntimeError: not in a graph" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.csv")
+    assert {*benchmark.read_run(path).provider} == {"torch", "fused"}
+
+
+@pytest.mark.skipif(GPU, reason="simulates a GPU")
+def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, timed_by_rule, capsys):
+    monkeypatch.setattr(
+        benchmark,
+        "fused_swiglu",
+        lambda x, gate, up: (
+            torch_swiglu(x, up, gate)
+            if len(x) > 3
+            else torch_swiglu(x.double(), gate.double(), up.double()).to(x.dtype)
+        ),
+    )
+    assert run_on_gpu(tmp_path, monkeypatch) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("WRONG in 1 of 2 checks: M = 17, fused: beyond")
+    (path,) = tmp_path.glob("*.csv")
+    timed = benchmark.read_run(path)
+    assert {*timed.M[timed.method != HOST]} == {3}
+
+
+@pytest.mark.skipif(GPU, reason="simulates a GPU")
+@pytest.mark.parametrize("full", ["csv", "png"])
+def test_a_full_disk_costs_no_figure(full, tmp_path, monkeypatch, timed_by_rule, capsys):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*(Path, "replace") if full == "csv" else (benchmark, "plot"), fail)
+    assert run_on_gpu(tmp_path, monkeypatch) == 1
     out = capsys.readouterr().out
-    assert "some,some,some,some,some,some,some,64,96,1,fused,call by call,0.01," in out
+    assert ",bfloat16,linear,64,96,3,fused,call by call,1.0," in out
     assert "ENDED by OSError: [Errno 28] No space left on device" in out.splitlines()[-1]
+    assert [path.suffix for path in tmp_path.iterdir()] == ([] if full == "csv" else [".csv"])
 
 
-def test_a_reader_that_goes_costs_no_figure(tmp_path, measured_up_to_16, monkeypatch):
+@pytest.mark.skipif(GPU, reason="simulates a GPU")
+def test_a_reader_that_goes_costs_no_figure(tmp_path, monkeypatch, timed_by_rule):
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w", buffering=1) as closed, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", closed)
-        with pytest.raises(BrokenPipeError):  # for which main() has a word
-            run_on_gpu(tmp_path)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+    with open(write, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run_on_gpu(tmp_path, monkeypatch) == 1  # at the first line: nothing is measured, and nothing raised
 
 
 def test_any_backend_may_be_set():
@@ -250,7 +354,7 @@ def test_showing_it_again(passes, tmp_path, monkeypatch, capsys):
     rows = [row | {"peak_mib": 8.0, "kept_mib": 4.0} for row in rows] if backward else rows
     benchmark.write_csv(rows, tmp_path / "run.csv")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--plot", str(tmp_path / "run.csv")])
-    assert benchmark.main() == 0
+    assert not benchmark.main()
     assert (tmp_path / "run.png").is_file()
     benchmark.print_tables(pd.read_csv(tmp_path / "run.csv"))
     assert ("\nMiB kept for the backward pass\n" in capsys.readouterr().out) == backward
