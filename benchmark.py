@@ -4,12 +4,9 @@
 
 Every contender is timed in two ways. "Call by call": one call at a time from Python, after a flush of the L2 cache, as
 a user of eager PyTorch sees it. "In a model": several sets of weights in turn inside one CUDA graph, as a served model
-runs its layers: there the host's speed does not matter, and what the cache holds is what a model leaves in it.
-
-The measured limit is the least time that the card allows: its bytes at the rate of a device-to-device copy, or its
-multiplications at the rate of one large matmul, whichever takes longer, both measured at the start of a run.
-
-On a machine without a GPU the kernel is checked through Triton's interpreter, and nothing is timed.
+runs its layers, where the host's speed does not matter. The measured limit is the least time that the card allows: the
+bytes at the rate of a copy, or the multiplications at the rate of one large matmul, whichever takes longer, both
+measured at the start. Without a GPU the kernel is checked through Triton's interpreter, and nothing is timed.
 """
 
 import argparse
@@ -43,7 +40,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from baseline_torch_swiglu import scaled_mm, torch_swiglu, torch_swiglu_float8
+from baseline_torch_swiglu import (
+    FLOAT8,
+    TOLERANCES,
+    check,
+    differentiated,
+    make_dy,
+    make_inputs,
+    quantised,
+    reference,
+    relative_errors,
+    scaled_mm,
+    torch_swiglu,
+    torch_swiglu_float8,
+)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read while Triton and the kernel are imported, below
@@ -57,7 +67,6 @@ MODELS = {  # K (hidden size), N (intermediate size)
     "llama-3-8b": (4096, 14336), "llama-3-70b": (8192, 28672), "mixtral-8x7b": (4096, 14336),
     "qwen2.5-7b": (3584, 18944), "tinyllama-1.1b": (2048, 5632), "small": (1024, 4096),
 }  # fmt: skip
-FLOAT8 = torch.float8_e4m3fn
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float8_e4m3fn": FLOAT8}
 LAYOUTS = ("linear", "row-major")
 PROVIDERS = ("torch", "torch-compile", "packed-torch-compile", "fused", "packed-matmul-only")
@@ -72,110 +81,11 @@ COLUMNS = [*NAMED, "M", "provider", "method", "ms", "ms_p20", "ms_p80", "speedup
 COLUMNS += ["peak_mib", "kept_mib"]  # of both passes: MiB beyond the inputs; between the two, beyond the result as well
 RECORDED_PLOT = "results/h200_bfloat16_linear_4096x14336.png"
 
-# The fused result is rounded once, to half a unit in the last place; twice that is allowed, plus what float32 sums
-# lose where the result is near zero. Eager PyTorch in bfloat16 or float16, which rounds four times, does not pass.
-TOLERANCES = {
-    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-4},
-    torch.float16: {"rtol": 2**-10, "atol": 1e-4},
-    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
-    FLOAT8: {"rtol": 2**-6, "atol": 4e-2},  # Hopper's tensor cores add its products with few bits
-}
-# What one rounding to the result's dtype costs at most, norm over norm; for float32, what a sum over K = 4096 costs.
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 3e-6, FLOAT8: 2**-8}
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
 ROUNDS = 5
 MODEL_BYTES = 2**30  # of weights: many times any L2 cache
 HOST_SHAPE = 1, 512, 512  # M, K, N: the GPU is done long before the next call comes
 HOST_CALLS = 1000
-
-
-def make_inputs(M, K, N, dtype, layout, device):
-    """x (M, K) and two weights (K, N), scaled so that x @ w and the result are of order one."""
-    generator = torch.Generator(device).manual_seed(M + K + N)
-    x, w_gate, w_up = (torch.randn(rows, K, generator=generator, device=device) for rows in (M, N, N))
-    weights = [(w * K**-0.5).to(dtype).t() for w in (w_gate, w_up)]
-    if layout == "row-major":
-        weights = [w.contiguous() for w in weights]
-    return x.to(dtype), *weights
-
-
-def quantised(*inputs):
-    """x and weights in float8, strides kept, and their scales, (M, 1) and (1, N): one for each row, or column."""
-    scales = [t.abs().amax(dim=dim, keepdim=True) / 448 for t, dim in zip(inputs, (1, 0, 0), strict=True)]
-    return [(t / scale).to(FLOAT8) for t, scale in zip(inputs, scales, strict=True)], scales
-
-
-def make_dy(M, N, dtype, device):
-    """A gradient of the result, of order one."""
-    generator = torch.Generator(device).manual_seed(M + N)
-    return torch.randn(M, N, generator=generator, device=device).to(dtype)
-
-
-def reference(x, w_gate, w_up, dy=None, scales=()):
-    """The result in float64, or float32 where memory is short. With dy, its gradient, also the inputs' gradients."""
-    dtype = torch.float64
-    if x.is_cuda:
-        elements = x.numel() + 2 * w_gate.numel() + 5 * x.shape[0] * w_gate.shape[1]
-        if (8 if dy is None else 24) * elements > torch.cuda.mem_get_info(x.device)[0]:
-            dtype = torch.float32
-    scaled = (t.detach().to(dtype) * scale for t, scale in zip((x, w_gate, w_up), scales or (1, 1, 1), strict=True))
-    leaves = [t.requires_grad_(dy is not None) for t in scaled]
-    return differentiated(lambda leaves: torch_swiglu(*leaves), None if dy is None else dy.to(dtype))(leaves)
-
-
-def differentiated(run, dy):
-    """`run` of leaves, or with dy both its passes: the result, and a gradient or None for each leaf that wants one."""
-
-    def both_passes(leaves):
-        y = run(leaves)
-        return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy, allow_unused=True)
-
-    return run if dy is None else both_passes
-
-
-def relative_error(result, expected):
-    """Norm of the difference over the norm of `expected`, a float64 tensor or the next best; NaN if one is there."""
-    return ((result.to(expected) - expected).norm() / expected.norm()).item()
-
-
-@contextlib.contextmanager
-def nan_in_new_memory():
-    """torch.empty returns NaN, so that an element which nobody writes shows up."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def relative_errors(results, expected):
-    """Of the result alone, or of the result and the gradients of x, w_gate and w_up."""
-    if isinstance(results, torch.Tensor):
-        return [relative_error(results, expected)]
-    y, dx, dw_gate, dw_up, *dw_packed = results
-    if dw_gate is None:
-        dw_gate, dw_up = dw_packed[0].chunk(2, dim=1)
-    return [relative_error(*pair) for pair in zip((y, dx, dw_gate, dw_up), expected, strict=True)]
-
-
-def check(run, expected, dtype, eager_errors=None):
-    """Whether `run()` on operands of this dtype is right, and its relative errors. Gradients' are judged by eager's."""
-    run()  # tuning runs every configuration over one output: only the call after it shows what is unwritten
-    with nan_in_new_memory():
-        results = run()
-    errors = relative_errors(results, expected)
-    y, expected_y = (results, expected) if len(errors) == 1 else (results[0], expected[0])
-    correct = torch.allclose(y.to(expected_y.dtype), expected_y, **TOLERANCES[dtype])
-    if dtype == FLOAT8 and eager_errors:
-        correct &= errors[0] <= 1.25 * eager_errors[0]
-    for error, eager_error in zip(errors[1:], (eager_errors or [])[1:], strict=True):
-        correct &= error <= gradient_limit(dtype, eager_error)
-    return correct, errors
-
-
-def gradient_limit(dtype, eager_error):
-    """The relative error that a gradient may have: eager PyTorch's, or what rounding gate, dgate and it may cost."""
-    return max(1.05 * eager_error, 2 * ROUNDING[dtype])
 
 
 def check_contenders(contenders, operands, dy, scales):
@@ -416,8 +326,7 @@ def run_on_gpu(args, checked):
         print(f"measured limits: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
         host_rows = [named | row for row in measure_host_cost(args)]
         host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
-        what = "both passes" if args.backward else "a call"
-        print(f"host time of {what}, us (M, K, N = {HOST_SHAPE}): {host_costs}\n\nus {CALLS} | {MODEL}")
+        print(f"host time of a call, us (M, K, N = {HOST_SHAPE}): {host_costs}\n\nus {CALLS} | {MODEL}")
         for M in args.m:
             verdicts, measured = measure(M, args, limits, progress)
             checked |= {f"M = {M}, {name}": verdict for name, verdict in verdicts.items()}
@@ -443,7 +352,7 @@ def report(rows, path):
         if rows:
             write_csv(rows, path)
             plot(table, path.with_suffix(".png"))
-            print(f"\n{path}\n{path.with_suffix('.png')}")
+            print(f"\n{path}, {path.with_suffix('.png').name}")
     except OSError:  # a full disk, say
         path.with_suffix(".png").unlink(missing_ok=True)
         print(f"\nnot all could be written; the CSV would hold\n\n{table.to_csv(index=False)}")
@@ -578,9 +487,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     m = [1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
     add("--m", type=positive_int, nargs="+", default=m, metavar="M", help="rows of x to time")
-    add("--k", type=positive_int, metavar="K", help="input features (4096)")
-    add("--n", type=positive_int, metavar="N", help="hidden features (14336)")
-    add("--model", choices=MODELS, metavar="NAME", help=f"K and N of a model: {MODELS}")
+    add("--model", choices=MODELS, default="llama-3-8b", metavar="NAME", help=f"K and N of a model: {MODELS}")
+    add("--k", type=positive_int, metavar="K", help="input features (the model's)")
+    add("--n", type=positive_int, metavar="N", help="hidden features (the model's)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of x and the weights; float8 gives bfloat16 (bfloat16)")
     add("--layout", choices=LAYOUTS, default="linear", help="linear: (N, K) in memory (nn.Linear); row-major: (K, N)")
     providers = f"contenders, of {EVERY_PROVIDER}, or all. torch is always there, {ON_REQUEST + PEERS} if asked for"
@@ -589,10 +498,7 @@ def parse_args(argv=None):
     add("--output-dir", type=Path, default=Path(), metavar="DIR", help="where to write (here)")
     add("--plot", type=Path, metavar="CSV", help="only draw a CSV of an earlier run again")
     args = parser.parse_args(argv)
-    if args.model and (args.k or args.n):
-        parser.error("--model gives K and N: leave --k and --n out, or --model")
-    K, N = MODELS[args.model or "llama-3-8b"]
-    args.k, args.n = args.k or K, args.n or N
+    args.k, args.n = args.k or MODELS[args.model][0], args.n or MODELS[args.model][1]
     args.m = sorted(set(args.m))
     float8 = DTYPES[args.dtype] == FLOAT8
     if float8 and (args.backward or args.layout != "linear" or args.k % 16 or args.n % 16):

@@ -30,7 +30,7 @@ from triton.testing import do_bench_cudagraph
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu
+from baseline_torch_swiglu import check, make_inputs, reference, torch_swiglu
 from fused_triton_swiglu import grouped_tile
 
 
@@ -217,15 +217,15 @@ def runs_here(run):
 def measure(M, steps):
     """Check the steps for M rows. On a GPU a table of them as well, else None."""
     k, n, dtype = (K, N, torch.bfloat16) if GPU else (144, 200, torch.float16)  # bfloat16 fails in the interpreter
-    x, w_gate, w_up = benchmark.make_inputs(M, k, n, dtype, "linear", "cuda" if GPU else "cpu")
+    x, w_gate, w_up = make_inputs(M, k, n, dtype, "linear", "cuda" if GPU else "cpu")
     w = torch.stack([w_gate.t(), w_up.t()])
-    expected = benchmark.reference(x, w_gate, w_up)
+    expected = reference(x, w_gate, w_up)
     runs, errors = dict(REFERENCES), {}
     for name, run in steps.items():
         if not runs_here(run):
             print(f"M = {M}: {name} left out, it needs a Hopper GPU")
             continue
-        correct, (errors[name],) = benchmark.check(partial(run, x, w), expected, dtype)
+        correct, (errors[name],) = check(partial(run, x, w), expected, dtype)
         print(f"M = {M}: {name} {'is right' if correct else 'is WRONG'}, relative error {errors[name]:.1e}")
         if not correct:
             sys.exit(1)

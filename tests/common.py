@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import benchmark
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import ROUNDING, check, differentiated, make_inputs, reference, relative_error
+from baseline_torch_swiglu import (
+    ROUNDING,
+    check,
+    differentiated,
+    make_inputs,
+    reference,
+    relative_error,
+    relative_errors,
+    torch_swiglu,
+)
 from fused_triton_swiglu import fused_swiglu
 
 HERE = Path(__file__).parent.parent  # the repository
@@ -43,7 +51,7 @@ def saved_by(run):
 
 
 def assert_right(x, w_gate, w_up, run=untuned):
-    """No element unwritten, each within the benchmark's tolerance, the error no larger than eager PyTorch's own.
+    """No element unwritten, each within its dtype's tolerance, the error no larger than eager PyTorch's own.
 
     Or than ROUNDING, where that is more: eager may be exact on a few elements, and sums few rows of float32 better.
     """
@@ -59,7 +67,7 @@ def assert_right(x, w_gate, w_up, run=untuned):
 def assert_gradients_right(leaves, dy, run=untuned):
     """Result and gradients as the benchmark wants them, next to eager PyTorch's errors."""
     expected = reference(*leaves, dy)
-    eager_errors = benchmark.relative_errors(differentiated(lambda t: torch_swiglu(*t), dy)(leaves), expected)
+    eager_errors = relative_errors(differentiated(lambda t: torch_swiglu(*t), dy)(leaves), expected)
     both_passes = differentiated(lambda t: run(*t), dy)
     correct, errors = check(lambda: both_passes(leaves), expected, leaves[0].dtype, eager_errors)
     assert correct, (errors, eager_errors)

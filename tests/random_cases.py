@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import benchmark  # sets TRITON_INTERPRET where there is no GPU, before the kernel is defined
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu
+from baseline_torch_swiglu import FLOAT8, ROUNDING, TOLERANCES, differentiated, reference, torch_swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 2**15  # elements on either side of a tensor, which stays aligned for TMA; in the interpreter more than a tile
@@ -157,7 +157,7 @@ def run_case(case):
     w_up, dy = operand(K, N, case.w_up, small), operand(M, N, case.dy)
     leading = (case.blocks, M // case.blocks) if case.blocks > 1 else (M,)
     x, dy = x.view(*leading, K), dy.view(*leading, N)
-    float8 = dtype == benchmark.FLOAT8
+    float8 = dtype == FLOAT8
     inputs = [t.detach().requires_grad_(not float8) for t in (x, w_gate, w_up)]
     lengths = {"rows": (M, N, N), "numbers": (1, 1, 1), "mixed": (M, 1, N)}.get(case.scales, ())
     scales = [guards.around((n,), (1 + i,), torch.float32, torch.rand(n) + 0.5) for i, n in enumerate(lengths)]
@@ -172,15 +172,15 @@ def run_case(case):
             last_gradients = () if float8 else torch.autograd.grad(y, inputs, dy)  # over gate and up: not needed again
         assert guards.hold(), "written outside of the result"  # before a call without guards does the same
         assert torch.equal(y, fts.fused_swiglu(*inputs, **options)), "another result in a second call"
-        eager = () if float8 else benchmark.differentiated(lambda t: torch_swiglu(*t), dy)(inputs)
+        eager = () if float8 else differentiated(lambda t: torch_swiglu(*t), dy)(inputs)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert all(map(torch.equal, gradients, last_gradients)), "other gradients in a second backward pass"
-    expected = [benchmark.reference(*inputs, scales=scales)] if float8 else benchmark.reference(*inputs, dy)
+    expected = [reference(*inputs, scales=scales)] if float8 else reference(*inputs, dy)
     tf32 = DEVICE == "cuda" and dtype == torch.float32 and case.precision == "high"
-    rounding = TF32_ERROR if tf32 else benchmark.ROUNDING[dtype]
+    rounding = TF32_ERROR if tf32 else ROUNDING[dtype]
     # Errors of tf32 are those of the products, large where a sum of them is small
-    right = tf32 or torch.allclose(y.to(expected[0].dtype), expected[0], **benchmark.TOLERANCES[dtype])
+    right = tf32 or torch.allclose(y.to(expected[0].dtype), expected[0], **TOLERANCES[dtype])
     assert right, "an element of y is wrong"
     # What elements are like: x and dy are of order one, the weights K ** -0.5
     sizes = (0.3, 0.3 * (N**0.5) * small, 0.3 * M**0.5, 0.3 * M**0.5)[: 1 if float8 else 4]

@@ -10,9 +10,7 @@ import torch.utils.checkpoint
 
 import benchmark
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import (
-    LAYOUTS,
+from baseline_torch_swiglu import (
     ROUNDING,
     gradient_limit,
     make_dy,
@@ -20,7 +18,9 @@ from benchmark import (
     nan_in_new_memory,
     reference,
     relative_error,
+    torch_swiglu,
 )
+from benchmark import LAYOUTS
 from common import DEVICE, DTYPES, GPU, assert_gradients_right, leaves_of, needs_gpu, randn, saved_by, untuned
 from fused_triton_swiglu import fused_swiglu
 from test_forward import LEADING, K, N

@@ -16,8 +16,8 @@ import torch
 from matplotlib.figure import Figure
 
 import benchmark
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import CALLS, DTYPES, FLOAT8, HOST, MODEL, ROUNDING
+from baseline_torch_swiglu import FLOAT8, ROUNDING, check, make_inputs, reference, torch_swiglu
+from benchmark import CALLS, DTYPES, HOST, MODEL
 from common import DEVICE, GPU, HERE, run_python
 
 
@@ -82,7 +82,7 @@ def test_stops_at_a_wrong_kernel(passes, tmp_path):
 @pytest.mark.parametrize("wrong", ["last column of K left out", "gate and up exchanged", "last row unwritten"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_the_check_can_fail(wrong, dtype):
-    inputs = benchmark.make_inputs(8, 512, 64, torch.float32 if dtype == FLOAT8 else dtype, "linear", DEVICE)
+    inputs = make_inputs(8, 512, 64, torch.float32 if dtype == FLOAT8 else dtype, "linear", DEVICE)
     x, w_gate, w_up = (t.double() for t in inputs)
     result_dtype = torch.bfloat16 if dtype == FLOAT8 else dtype
 
@@ -95,23 +95,22 @@ def test_the_check_can_fail(wrong, dtype):
         y[:-1] = torch_swiglu(x[:-1], w_gate, w_up)
         return y
 
-    expected = benchmark.reference(*inputs)
-    assert benchmark.check(lambda: torch_swiglu(x, w_gate, w_up).to(result_dtype), expected, dtype)[0]
-    assert not benchmark.check(run, expected, dtype)[0]
+    expected = reference(*inputs)
+    assert check(lambda: torch_swiglu(x, w_gate, w_up).to(result_dtype), expected, dtype)[0]
+    assert not check(run, expected, dtype)[0]
 
 
 def test_float8_is_judged_by_its_norm_too():
     expected = torch.linspace(-1, 1, 1000, dtype=torch.float64)
     for fault, right in ((0.003, True), (0.03, False)):  # both within the tolerance of one element
         y = expected + fault * expected.norm() / len(expected) ** 0.5
-        assert benchmark.check(lambda y=y: y, expected, FLOAT8, eager_errors=[0.004])[0] == right
+        assert check(lambda y=y: y, expected, FLOAT8, eager_errors=[0.004])[0] == right
 
 
 REFUSED = {
     "--m 0": "argument --m: 0 is not 1 or more, and less than 2**31",
     "--m 99999999999999999999999": "99999999999999999999999 is not 1 or more",
     "--k many": "argument --k: invalid positive_int value: 'many'",
-    "--model small --k 8": "--model gives K and N",
     "--providers cublas": "argument --providers: invalid choice: 'cublas'",
     "--providers fused-recompute": "--providers fused-recompute: with these options expected some of ('torch', ",
     "--backward --providers packed-matmul-only": "--providers packed-matmul-only: with these options expected some of",

@@ -17,8 +17,7 @@ import torch
 
 import benchmark  # sets TRITON_INTERPRET where there is no GPU, before the kernel is defined
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import ROUNDING, make_inputs, reference, relative_error
+from baseline_torch_swiglu import ROUNDING, make_inputs, reference, relative_error, torch_swiglu
 from common import DEVICE, DTYPES, GPU, needs_gpu, needs_hopper, run_python
 
 LAYOUTS = benchmark.LAYOUTS

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu_float8
-from benchmark import make_inputs, nan_in_new_memory, quantised, reference, relative_error
+from baseline_torch_swiglu import (
+    make_inputs,
+    nan_in_new_memory,
+    quantised,
+    reference,
+    relative_error,
+    torch_swiglu_float8,
+)
 from common import DEVICE, GPU, needs_gpu, untuned
 from fused_triton_swiglu import FLOAT8, fused_swiglu
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import LAYOUTS, ROUNDING, make_inputs, nan_in_new_memory, reference, relative_error
+from baseline_torch_swiglu import ROUNDING, make_inputs, nan_in_new_memory, reference, relative_error, torch_swiglu
+from benchmark import LAYOUTS
 from common import DEVICE, DTYPES, GPU, assert_right, needs_gpu, randn, untuned
 from fused_triton_swiglu import fused_swiglu
 

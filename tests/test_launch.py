@@ -11,11 +11,19 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-import benchmark
 import common
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import LAYOUTS, ROUNDING, make_dy, make_inputs, reference, relative_error
+from baseline_torch_swiglu import (
+    ROUNDING,
+    differentiated,
+    make_dy,
+    make_inputs,
+    reference,
+    relative_error,
+    relative_errors,
+    torch_swiglu,
+)
+from benchmark import LAYOUTS
 from common import DEVICE, DTYPES, GPU, HERE, assert_gradients_right, assert_right, needs_gpu, run_python, untuned
 from fused_triton_swiglu import fused_swiglu
 
@@ -25,7 +33,7 @@ FEW = 20, 72, 136, FP16, "linear", DEVICE  # rows, which swiglu_kernel computes
 CALL = """
 import hashlib, torch, warnings
 import fused_triton_swiglu as fts
-from benchmark import make_inputs, reference, relative_error
+from baseline_torch_swiglu import make_inputs, reference, relative_error
 def call(M, N):
     leaves = [t.requires_grad_() for t in make_inputs(M, 328, N, torch.bfloat16, "linear", "cuda")]
     y = fts.fused_swiglu(*leaves)
@@ -165,14 +173,14 @@ def test_tuning_times_the_gpu_alone():
 def test_graph_capture(M, N, layout, timed):
     """It never tunes, a later call does; and the graph goes on giving what it gave."""
     leaves, dy = common.leaves_of(M, 328, N, BF16, layout), make_dy(M, N, BF16, DEVICE)
-    both_passes = benchmark.differentiated(lambda t: fused_swiglu(*t), dy)
-    benchmark.differentiated(lambda t: torch_swiglu(*t), dy)(leaves)  # cuBLAS starts, in autograd's thread too
+    both_passes = differentiated(lambda t: fused_swiglu(*t), dy)
+    differentiated(lambda t: torch_swiglu(*t), dy)(leaves)  # cuBLAS starts, in autograd's thread too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = both_passes(leaves)
     graph.replay()
     first = [t.clone() for t in results]
-    assert max(benchmark.relative_errors(first, reference(*leaves, dy))) <= 2 * ROUNDING[BF16]
+    assert max(relative_errors(first, reference(*leaves, dy))) <= 2 * ROUNDING[BF16]
     assert not timed
     both_passes(leaves)
     assert bool(timed) != (common.HOPPER and (M, N) == (300, 5768))  # where there is nothing to tune

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import ROUNDING, gradient_limit, relative_error
+from baseline_torch_swiglu import ROUNDING, gradient_limit, relative_error, torch_swiglu
 from common import DEVICE, DTYPES, GPU, HERE, randn, saved_by
 from swiglu_mlp import SwiGLUMLP, replace_mlps
 

@@ -13,8 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import torch_swiglu
-from benchmark import ROUNDING, relative_error
+from baseline_torch_swiglu import ROUNDING, relative_error, torch_swiglu
 from common import DEVICE, GPU, leaves_of, randn, saved_by
 from fused_triton_swiglu import fused_swiglu
 from swiglu_mlp import SwiGLUMLP, replace_mlps

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import fused_triton_swiglu as fts
-from benchmark import (
-    LAYOUTS,
+from baseline_torch_swiglu import (
     ROUNDING,
     differentiated,
     gradient_limit,
@@ -16,6 +15,7 @@ from benchmark import (
     reference,
     relative_error,
 )
+from benchmark import LAYOUTS
 from common import DEVICE, GPU, HERE, leaves_of, needs_gpu, randn
 from fused_triton_swiglu import fused_swiglu
 from test_backward import CountCalls, both_ways

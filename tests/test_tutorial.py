@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tutorial
-from benchmark import check, make_inputs, reference
+from baseline_torch_swiglu import check, make_inputs, reference
 from common import DEVICE, GPU, HOPPER, run_python
 
 STEPS = {
