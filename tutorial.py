@@ -167,7 +167,7 @@ def launch(kernel, tile, num_warps, num_stages, x, w):
     y = x.new_empty(M, N)
     programs = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     if kernel is persistent:
-        programs = min(programs, fts.device_limits(x.device.index).num_sms)
+        programs = min(programs, DEVICE.num_sms)
     if kernel in (by_tma, persistent):
         x = TensorDescriptor.from_tensor(x, [BLOCK_M, BLOCK_K])
         w = TensorDescriptor.from_tensor(w, [2, BLOCK_N, BLOCK_K])
@@ -185,8 +185,11 @@ def hopper(x, w, narrow_tiles):
     return y
 
 
+GPU = torch.cuda.is_available()
+DEVICE = fts.device_limits(0 if GPU else None)
 K, N = 4096, 14336
-MANY = (128, 128, 64), 8, 3  # as launch takes them: a tile of y and its depth along K, warps, stages of loads
+# As launch takes them: a tile of y and its depth along K, warps, stages of loads. 144 KB, which only large GPUs have.
+MANY = ((128, 128, 64), 8, 3) if DEVICE.shared_memory >= 144 * 2**10 else ((64, 64, 64), 4, 3)
 REFERENCES = {"eager PyTorch": lambda x, w: torch_swiglu(x, w[0].t(), w[1].t())}
 BARE = "cuBLAS's bare product"
 MANY_ROWS = {
@@ -203,15 +206,15 @@ FEW_ROWS = {
     "2 weights as first operand": partial(launch, weights_first, (16, 32, 128), 4, 2),
     "3 four stages of loads, not two": partial(launch, weights_first, (16, 32, 128), 4, 4),
 }
-GPU = torch.cuda.is_available()
 STAIRS = {16: FEW_ROWS, 512: MANY_ROWS, 4096: MANY_ROWS} if GPU else {40: FEW_ROWS, 300: MANY_ROWS}
 NOISE = 0.02  # a gain below is told as none
 
 
 def runs_here(run):
     """TMA came with Hopper (the interpreter has it), and swiglu_kernel_hopper is for no other GPU."""
-    arch = fts.device_limits(0 if GPU else None).arch
-    return (GPU and arch == 90) if run.func is hopper else arch >= 90 or run.args[0] not in (by_tma, persistent)
+    if run.func is hopper:
+        return GPU and DEVICE.arch == 90
+    return DEVICE.arch >= 90 or run.args[0] not in (by_tma, persistent)
 
 
 def measure(M, steps):
