@@ -32,11 +32,18 @@ def test_a_run(passes, tmp_path):
     done = run_benchmark(*options, *(["--m", "65", "1", "--k", "264", "--n", "520"] if GPU else []), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *lines, verdict = done.stdout.splitlines()
-    variants = 2 if options else 1
+    variants, roundings = (2, 3) if options else (1, 1)
     if not GPU:
         assert verdict == f"{30 * variants + 5 * (not options)} checks of the fused kernel passed, none failed"
         assert "Speed was not measured" in lines[-1] and benchmark.RECORDED_PLOT in lines[-1]
-        assert sum(line.startswith(tuple(DTYPES)) for line in lines) == len(DTYPES) - bool(options)
+        told = {
+            line.split()[0]: re.findall(r"(torch|fused\S*) (\S+?)(?:,|$)", line) for line in lines if "error:" in line
+        }
+        assert [*told] == [*DTYPES][: len(DTYPES) - bool(options)]
+        for dtype, errors in told.items():
+            assert len(errors) == 1 + variants
+            judged = [float(error) for name, error in errors if options or name == "fused"]
+            assert max(judged) < roundings * ROUNDING[DTYPES[dtype]]
         assert not [*tmp_path.iterdir()]
         return
     assert verdict == f"{2 * variants} checks of the fused kernel passed, none failed"
@@ -47,11 +54,12 @@ def test_a_run(passes, tmp_path):
     assert (table.ms_p20 <= table.ms).all() and (table.ms <= table.ms_p80).all() and (table.ms > 0).all()
     host, table = table[table.method == HOST], table[table.method != HOST]
     assert [*host.provider] == ["torch", "torch-compile", "fused"]
-    assert host.ms[host.provider == "fused"].item() < 3  # ms: no tuning is in it
+    assert host.ms[host.provider == "fused"].item() < roundings  # ms, a pass or three: no tuning is in it
     providers = benchmark.BACKWARD_PROVIDERS if options else benchmark.PROVIDERS
     timed = itertools.product((1, 65), (CALLS, MODEL), providers)
     assert [*zip(table.M, table.method, table.provider, strict=True)] == [*timed]
-    assert (table.rel_error[table.provider == "fused"] < 3 * ROUNDING[torch.bfloat16]).all()
+    judged = table if options else table[table.provider == "fused"]
+    assert (judged.rel_error < roundings * ROUNDING[torch.bfloat16]).all()
     if options:
         kept = table[(table.M == 65) & (table.method == CALLS)].set_index("provider").kept_mib
         assert kept["fused-recompute"] < 0.01 < kept.fused < kept.torch  # MiB: blocks of 512 bytes
@@ -199,6 +207,8 @@ def timed_by_rule(monkeypatch):
     The time of a call is its number among the M timed, in milliseconds, twice that in a model. What is put in the list
     returned is raised where fused is timed for the second M.
     """
+    if GPU:
+        pytest.skip("simulates a GPU")
     failures, Ms = [], []
 
     def time(run, method, count):
@@ -232,11 +242,12 @@ def run_on_gpu(tmp_path, monkeypatch, *options):
     return benchmark.main()
 
 
-@pytest.mark.skipif(GPU, reason="simulates a GPU")
 def test_rows_of_a_run(tmp_path, monkeypatch, timed_by_rule, capsys):
     assert run_on_gpu(tmp_path, monkeypatch) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "2 checks of the fused kernel passed, none failed"
+    as_in_the_readme = ", ".join(f"{name} 1000.0 | 2000.0" for name in benchmark.PROVIDERS)
+    assert f"M =     3  {as_in_the_readme}" in out.splitlines()
     table = benchmark.read_run(tmp_path / "h100-80gb-frac-_bfloat16_linear_64x96.csv")
     table = table[table.method != HOST]
     assert [*table.provider.unique()] == [*benchmark.PROVIDERS]
@@ -251,7 +262,6 @@ def test_rows_of_a_run(tmp_path, monkeypatch, timed_by_rule, capsys):
     assert (table.rel_error[table.provider == "fused"] < ROUNDING[torch.bfloat16]).all()
 
 
-@pytest.mark.skipif(GPU, reason="simulates a GPU")
 @pytest.mark.parametrize("failure", FAILURES)
 def test_what_was_measured_is_kept(failure, tmp_path, monkeypatch, timed_by_rule, capsys):
     status, error = FAILURES[failure]
@@ -269,7 +279,6 @@ def test_what_was_measured_is_kept(failure, tmp_path, monkeypatch, timed_by_rule
     assert ("Traceback" in err) == (failure == "kernel")
 
 
-@pytest.mark.skipif(GPU, reason="simulates a GPU")
 def test_nothing_is_overwritten(tmp_path, monkeypatch, timed_by_rule):
     for count in (1, 2, 3):
         assert run_on_gpu(tmp_path, monkeypatch, "--providers", "fused") == 0
@@ -280,7 +289,6 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, timed_by_rule):
     assert len([*tmp_path.iterdir()]) == 7 and not first.exists()
 
 
-@pytest.mark.skipif(GPU, reason="simulates a GPU")
 def test_a_peer_may_fail_at_any_time(tmp_path, monkeypatch, timed_by_rule, capsys):
     calls = []
 
@@ -297,7 +305,6 @@ def test_a_peer_may_fail_at_any_time(tmp_path, monkeypatch, timed_by_rule, capsy
     assert {*benchmark.read_run(path).provider} == {"torch", "fused"}
 
 
-@pytest.mark.skipif(GPU, reason="simulates a GPU")
 def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, timed_by_rule, capsys):
     monkeypatch.setattr(
         benchmark,
@@ -315,7 +322,6 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, timed_by_rule, capsy
     assert {*timed.M[timed.method != HOST]} == {3}
 
 
-@pytest.mark.skipif(GPU, reason="simulates a GPU")
 @pytest.mark.parametrize("full", ["csv", "png"])
 def test_a_full_disk_costs_no_figure(full, tmp_path, monkeypatch, timed_by_rule, capsys):
     def fail(*_, **__):
@@ -329,7 +335,6 @@ def test_a_full_disk_costs_no_figure(full, tmp_path, monkeypatch, timed_by_rule,
     assert [path.suffix for path in tmp_path.iterdir()] == ([] if full == "csv" else [".csv"])
 
 
-@pytest.mark.skipif(GPU, reason="simulates a GPU")
 def test_a_reader_that_goes_costs_no_figure(tmp_path, monkeypatch, timed_by_rule):
     read, write = os.pipe()
     os.close(read)
