@@ -82,7 +82,7 @@ COLUMNS += ["peak_mib", "kept_mib"]  # of both passes: MiB beyond the inputs; be
 RECORDED_PLOT = "results/h200_bfloat16_linear_4096x14336.png"
 
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
-ROUNDS = 5
+ROUNDS = 3
 MODEL_BYTES = 2**30  # of weights: many times any L2 cache
 HOST_SHAPE = 1, 512, 512  # M, K, N: the GPU is done long before the next call comes
 HOST_CALLS = 1000
@@ -176,7 +176,7 @@ def measure_limits(dtype):
     """The card's limits: bytes per ms of a device-to-device copy, read and written; FLOPs per ms of a large matmul."""
 
     def fastest(run):
-        """Of bursts as short as the contenders': a longer one meets the card's power limit, and is beaten."""
+        """In short bursts: longer ones meet the card's power limit, and contenders that need less power beat them."""
         return min(do_bench(run, warmup=10, rep=60, return_mode="min") for _ in range(ROUNDS))
 
     source = torch.randn(2**28, device="cuda")
@@ -242,7 +242,7 @@ def measure(M, args, limits, progress):
             progress.update()
             with left_out_if_it_fails(name):
                 for method in (CALLS, MODEL):
-                    times[name, method] += gpu_times(contenders[name], operands, method, args)
+                    times[name, method] += gpu_times(contenders[name], operands, method)
                 continue
             del contenders[name]
 
@@ -275,13 +275,12 @@ def memory_of(run, leaves, dy):
     return (torch.cuda.max_memory_allocated() - before) / 2**20, kept / 2**20
 
 
-def gpu_times(run, operands, method, args):
-    """Milliseconds of a call, many times over."""
-    if method == MODEL:
-        all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=10, return_mode="all")
-        return [ms / len(operands) for ms in all_in_turn]
-    warmup, rep = (100, 300) if args.backward else (10, 60)  # training meets the card's power limit
-    return do_bench(lambda: run(operands[0]), warmup=warmup, rep=rep, return_mode="all")
+def gpu_times(run, operands, method):
+    """Milliseconds of calls after 100 ms, in which the clock falls by up to a tenth, as power allows."""
+    if method == CALLS:
+        return do_bench(lambda: run(operands[0]), warmup=100, rep=100, return_mode="all")
+    all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=20, return_mode="all")  # ten times 20 ms
+    return [ms / len(operands) for ms in all_in_turn[-5:]]
 
 
 def summarize(times, M, K, N):

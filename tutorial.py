@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from triton.testing import do_bench_cudagraph
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_triton_swiglu as fts
@@ -239,7 +238,7 @@ def measure(M, steps):
     times = {name: [] for name in runs}
     for i in tqdm(range(benchmark.ROUNDS), desc=f"M = {M}", leave=False, disable=None):
         for name in benchmark.shuffled(runs, i):
-            times[name] += do_bench_cudagraph(partial(runs[name], x, w), return_mode="all")
+            times[name] += benchmark.gpu_times(lambda _, run=runs[name]: run(x, w), [None], benchmark.MODEL)
     us = pd.DataFrame(times).median() * 1e3
     gain = (us.shift() / us - 1).drop(BARE)  # over the step before, and of the first one over eager PyTorch
     table = pd.DataFrame({"M": M, "us": us, "share": us[BARE] / us, "gain": gain, "rel_error": pd.Series(errors)})
