@@ -18,6 +18,7 @@ NOISE = 0.02  # what differs by less is told as the same
 CALLS, MODEL, HOST = "call by call", "in a model", "host"  # as in benchmark.py
 BARE = "packed-matmul-only"
 RECORDED = sorted(RESULTS.glob("*float*.csv"))  # by benchmark.py
+KINDS = {"": "", "_backward": ", both passes", "_peers": ", other packages", "_all": ", every contender"}
 
 
 def read(name):
@@ -32,7 +33,7 @@ def by_m(name, column, method=CALLS, factor=1):
 
 
 def times(name, method=CALLS):
-    """Microseconds by M and provider, empty if not recorded in this way."""
+    """Microseconds by M and provider."""
     return by_m(name, "ms", method, factor=1e3)
 
 
@@ -44,8 +45,8 @@ def markdown(head, rows):
 def label(name):
     """Of a recording, and the row that names it: the last one, as the host's come first."""
     run = read(name).iloc[-1]
-    passes = ", both passes" if pd.notna(run.peak_mib) else ", other packages" if name.endswith("_peers") else ""
-    return f"{run.gpu}, {run['dtype']}, {run.layout} weights, {run.K} x {run.N}{passes}", run
+    kind = KINDS[name.partition(f"{run.K}x{run.N}")[2]]
+    return f"{run.gpu}, {run['dtype']}, {run.layout} weights, {run.K} x {run.N}{kind}", run
 
 
 def recordings():
@@ -54,7 +55,6 @@ def recordings():
     for path in RECORDED:
         what, run = label(path.stem)
         both = pd.notna(run.peak_mib)
-        when = "date and command not recorded" if pd.isna(run.command) else f"{run.date}, `{run.command}`"
         host = times(path.stem, HOST).iloc[0]
         host = f"Host time of a call, µs: {', '.join(f'{name} {us:.1f}' for name, us in host.items())}"
         tables = {f"{method}, µs": times(path.stem, method) for method in (CALLS, MODEL)}
@@ -65,9 +65,9 @@ def recordings():
             for unit, table in tables.items()
             for provider in table
         ]
-        Ms = next(table.index for table in tables.values() if len(table))
-        head = f"### {what}\n\n[{path.name}]({path.name}), torch {run.torch}, triton {run.triton}, {when}.\n{host}."
-        sections.append(f"{head}\n\n{markdown(['', *(f'M = {M}' for M in Ms)], rows)}")
+        made = f"torch {run.torch}, triton {run.triton}, {run.date}, `{run.command}`"
+        head = ["", *(f"M = {M}" for M in times(path.stem).index)]
+        sections.append(f"### {what}\n\n[{path.name}]({path.name}), {made}.\n{host}.\n\n{markdown(head, rows)}")
     return "\n\n".join(sections)
 
 
@@ -110,8 +110,6 @@ def losses():
         cases = []
         for method in (CALLS, MODEL):
             us = times(path.stem, method)
-            if us.empty:
-                continue
             others = us.drop(columns=[BARE, *(name for name in us if name.startswith("fused"))], errors="ignore")
             ahead = us.fused / others.min(axis=1) - 1
             best = [f"M = {M} {others.loc[M].idxmin()} by {ahead[M]:.0%}" for M in us.index[ahead >= NOISE]]
