@@ -46,7 +46,7 @@ def label(name):
     """Of a recording, and the row that names it: the last one, as the host's come first."""
     run = read(name).iloc[-1]
     kind = KINDS[name.partition(f"{run.K}x{run.N}")[2]]
-    return f"{run.gpu}, {run['dtype']}, {run.layout} weights, {run.K} x {run.N}{kind}", run
+    return f"{run['dtype']}, {run.layout} weights, {run.K} x {run.N}{kind}", run
 
 
 def recordings():
@@ -67,7 +67,7 @@ def recordings():
         ]
         made = f"torch {run.torch}, triton {run.triton}, {run.date}, `{run.command}`"
         head = ["", *(f"M = {M}" for M in times(path.stem).index)]
-        sections.append(f"### {what}\n\n[{path.name}]({path.name}), {made}.\n{host}.\n\n{markdown(head, rows)}")
+        sections.append(f"### {run.gpu}, {what}\n\n[{path.name}]({path.name}), {made}.\n{host}.\n\n{markdown(head, rows)}")
     return "\n\n".join(sections)
 
 
