@@ -67,7 +67,9 @@ def recordings():
         ]
         made = f"torch {run.torch}, triton {run.triton}, {run.date}, `{run.command}`"
         head = ["", *(f"M = {M}" for M in times(path.stem).index)]
-        sections.append(f"### {run.gpu}, {what}\n\n[{path.name}]({path.name}), {made}.\n{host}.\n\n{markdown(head, rows)}")
+        sections.append(
+            f"### {run.gpu}, {what}\n\n[{path.name}]({path.name}), {made}.\n{host}.\n\n{markdown(head, rows)}"
+        )
     return "\n\n".join(sections)
 
 
