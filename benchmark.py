@@ -298,15 +298,14 @@ def measure_host_cost(args):
     operands, dy, scales = make_operands(*HOST_SHAPE, args)
     names = [name for name in ("torch", "torch-compile", "fused") if name in args.providers]
     contenders, times = make_contenders(names, scales), {(name, HOST): [] for name in names}
-    for _ in range(ROUNDS):
-        for name, forward in contenders.items():
-            run = differentiated(forward, dy)
+    for name in ROUNDS * names:
+        run = differentiated(contenders[name], dy)
+        run(operands)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
             run(operands)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(HOST_CALLS):
-                run(operands)
-            times[name, HOST].append((time.perf_counter() - start) * 1e3 / HOST_CALLS)
+        times[name, HOST].append((time.perf_counter() - start) * 1e3 / HOST_CALLS)
     return summarize(times, *HOST_SHAPE)
 
 
@@ -437,10 +436,12 @@ def plot(table, path):
             low, high = (values[name] * by_m.ms[name] / by_m[slower][name] for slower in ("ms_p80", "ms_p20"))
             axis.fill_between(values.index, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
         axis.set_ylim(limits)
-        # Names stand at the lines' ends, halfway between pushed up and pushed down until none overlap.
-        steps = np.arange(len(lines)) * 0.05 * np.ptp(limits)
+        # Names stand at the lines' ends, halfway between pushed up and pushed down until none overlap, beside the axis.
+        gap = 0.05 * np.ptp(limits)
+        steps = gap * np.arange(len(lines))
         free = pd.Series({label: line.iloc[-1] for label, line in lines.items()}).sort_values() - steps
-        for label, y in ((free.cummax() + free[::-1].cummin()[::-1]) / 2 + steps).items():
+        free = (free.cummax() + free[::-1].cummin()[::-1]) / 2
+        for label, y in (free.clip(limits[0], limits[1] - gap * len(lines)) + steps).items():
             style = {"color": COLORS[label.partition(",")[0]], "weight": "bold" if label == "fused" else "normal"}
             style |= {"textcoords": "offset points", "annotation_clip": False, "va": "center"}
             axis.annotate(label, (values.index[-1], y), (8, 0), **style)

@@ -253,7 +253,7 @@ def plot(table, path):
         for y, (us, share) in enumerate(zip(rows.us, rows.share, strict=True)):
             axis.text(us, y, f" {us:.0f} µs, {share:.0%}", va="center", fontsize=8)
         axis.axvline(rows.us.iloc[-1], color="grey", linestyle="--", linewidth=1.2)
-        axis.set(title=f"M = {M}", xlabel="µs, lower is better", xlim=(0, 1.6 * rows.us.max()))
+        axis.set(title=f"M = {M}", xlabel="µs, lower is better", xlim=(0, 1.7 * rows.us.max()))
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
     first = table.iloc[0]
