@@ -4,9 +4,9 @@
 
 Every contender is timed in two ways. "Call by call": one call at a time from Python, after a flush of the L2 cache, as
 a user of eager PyTorch sees it. "In a model": several sets of weights in turn inside one CUDA graph, as a served model
-runs its layers, where the host's speed does not matter. The measured limit is the least time that the card allows: the
-bytes at the rate of a copy, or the multiplications at the rate of one large matmul, whichever takes longer, both
-measured at the start. Without a GPU the kernel is checked through Triton's interpreter, and nothing is timed.
+runs its layers, where the host's speed does not matter. The measured limit is the time for the bytes at the rate of a
+copy, or for the multiplications at the rate of one large matmul, whichever takes longer, both measured at the start.
+Without a GPU the kernel is checked through Triton's interpreter, and nothing is timed.
 """
 
 import argparse
