@@ -238,7 +238,7 @@ def measure(M, steps):
     times = {name: [] for name in runs}
     for i in tqdm(range(benchmark.ROUNDS), desc=f"M = {M}", leave=False, disable=None):
         for name in benchmark.shuffled(runs, i):
-            times[name] += benchmark.gpu_times(lambda _, run=runs[name]: run(x, w), [None], benchmark.MODEL)
+            times[name] += benchmark.gpu_times(lambda both, run=runs[name]: run(*both), [(x, w)], benchmark.MODEL)
     us = pd.DataFrame(times).median() * 1e3
     gain = (us.shift() / us - 1).drop(BARE)  # over the step before, and of the first one over eager PyTorch
     table = pd.DataFrame({"M": M, "us": us, "share": us[BARE] / us, "gain": gain, "rel_error": pd.Series(errors)})

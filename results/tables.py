@@ -43,17 +43,17 @@ def markdown(head, rows):
 
 
 def label(name):
-    """Of a recording, and the row that names it: the last one, as the host's come first."""
+    """What a recording is of, by its last row: the first ones are the host's, of another shape."""
     run = read(name).iloc[-1]
     kind = KINDS[name.partition(f"{run.K}x{run.N}")[2]]
-    return f"{run['dtype']}, {run.layout} weights, {run.K} x {run.N}{kind}", run
+    return f"{run['dtype']}, {run.layout} weights, {run.K} x {run.N}{kind}"
 
 
 def recordings():
     """For each CSV of the benchmark: what it is, and a row for each provider and method, a column for each M."""
     sections = []
     for path in RECORDED:
-        what, run = label(path.stem)
+        run = read(path.stem).iloc[-1]
         both = pd.notna(run.peak_mib)
         host = times(path.stem, HOST).iloc[0]
         host = f"Host time of a call, µs: {', '.join(f'{name} {us:.1f}' for name, us in host.items())}"
@@ -65,22 +65,20 @@ def recordings():
             for unit, table in tables.items()
             for provider in table
         ]
-        made = f"torch {run.torch}, triton {run.triton}, {run.date}, `{run.command}`"
+        made = f"[{path.name}]({path.name}), torch {run.torch}, triton {run.triton}, {run.date}, `{run.command}`"
         head = ["", *(f"M = {M}" for M in times(path.stem).index)]
-        sections.append(
-            f"### {run.gpu}, {what}\n\n[{path.name}]({path.name}), {made}.\n{host}.\n\n{markdown(head, rows)}"
-        )
+        sections.append(f"### {run.gpu}, {label(path.stem)}\n\n{made}.\n{host}.\n\n{markdown(head, rows)}")
     return "\n\n".join(sections)
 
 
 def headline():
-    first, calls, model = read(MAIN).iloc[0], times(MAIN), times(MAIN, MODEL)
+    run, calls, model = read(MAIN).iloc[-1], times(MAIN), times(MAIN, MODEL)
     gains = [f"{(us.torch / us.fused).min():.2f} to {(us.torch / us.fused).max():.2f}" for us in (model, calls)]
     us = " and ".join(f"**{model.fused[M]:.1f} µs at M = {M}** (eager {model.torch[M]:.1f})" for M in (512, 4096))
     return (
-        f"On an {first.gpu}, K = 4096, N = 14336, bfloat16, several layers' weights in one CUDA graph, it takes\n"
-        f"{us}:\n{gains[0]} times the speed of eager PyTorch at each M measured from 1 to 16384, "
-        f"and {gains[1]} times call by call."
+        f"On an {run.gpu}, K = {run.K}, N = {run.N}, {run['dtype']}, several layers' weights in one CUDA graph, "
+        f"it takes\n{us}:\n{gains[0]} times the speed of eager PyTorch at each M measured from {model.index[0]} to "
+        f"{model.index[-1]}, and {gains[1]} times call by call."
     )
 
 
@@ -91,8 +89,7 @@ def output():
         f"host time of a call, us (M, K, N = (1, 512, 512)): {', '.join(f'{k} {v:.1f}' for k, v in host.items())}"
     ]
     lines += [f"us {CALLS} | {MODEL}"]
-    for M in (512,):
-        lines.append(f"M = {M:5}  {', '.join(f'{name} {calls[name][M]:.1f} | {model[name][M]:.1f}' for name in calls)}")
+    lines += [f"M =   512  {', '.join(f'{name} {calls[name][512]:.1f} | {model[name][512]:.1f}' for name in calls)}"]
     lines += ["...", f"{len(calls)} checks of the fused kernel passed, none failed"]
     return "\n".join(["```", *lines, "```"])
 
@@ -119,7 +116,9 @@ def elsewhere():
         us = times(name, MODEL)
         gains = [other / us.fused for other in (us.torch, competitors(us).min(axis=1))]
         eager, best = (f"{gain.min():.2f} to {gain.max():.2f} times" for gain in gains)
-        lines.append(f"- {label(name)[0]}: in a model {eager} eager's speed, {best} the fastest other form's.")
+        lines.append(f"- {label(name)}: in a model {eager} eager's speed, {best} the fastest other form's.")
+    recompute = us.torch / us["fused-recompute"]  # of the last one
+    lines[-1] += f" With `recompute=True` {recompute.min():.2f} to {recompute.max():.2f} times eager's."
     return "\n".join(lines)
 
 
@@ -134,7 +133,7 @@ def losses():
             ahead = us.fused / others.min(axis=1) - 1
             best = [f"M = {M} {others.loc[M].idxmin()} by {ahead[M]:.0%}" for M in us.index[ahead >= NOISE]]
             cases += [f"{method} {', '.join(best)}"] * bool(best)
-        lines += [f"- [{label(path.stem)[0]}](results/{path.name}): {'; '.join(cases)}."] * bool(cases)
+        lines += [f"- [{label(path.stem)}](results/{path.name}): {'; '.join(cases)}."] * bool(cases)
     return "\n".join(lines)
 
 

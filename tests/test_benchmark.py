@@ -204,28 +204,30 @@ FAILURES = {
 def timed_by_rule(monkeypatch):
     """All of a run on a GPU but the GPU: calls run on the CPU, and what they take is told by a rule.
 
-    The time of a call is its number among the M timed, in milliseconds, twice that in a model. What is put in the list
-    returned is raised where fused is timed for the second M.
+    The time of a call is the number of its M among those timed, in milliseconds, twice that in a model, nine times as
+    long in the first 100 ms. What is put in the list returned is raised where the second M is timed.
     """
     if GPU:
         pytest.skip("simulates a GPU")
     failures, Ms = [], []
 
-    def time(run, method, count):
+    def time(run, ms, starts):
         run()
         if len({*Ms}) == 2 and failures:
             raise failures[0]
-        return [count * len({*Ms}) * (1 if method == CALLS else 2)] * 10
+        return [ms * len({*Ms}) * (1 if start >= 100 else 9) for start in starts]
 
     def check_contenders(contenders, operands, dy, scales, real=benchmark.check_contenders):
         Ms.append(len(operands.x))
         return real(contenders, operands, dy, scales)
 
     monkeypatch.setattr(benchmark, "check_contenders", check_contenders)
-    monkeypatch.setattr(benchmark, "do_bench", lambda run, **_: time(run, CALLS, 1))
+    monkeypatch.setattr(benchmark, "do_bench", lambda run, warmup, **_: time(run, 1, [warmup] * 10))
     sets = math.ceil(2**17 / (2 * 64 * 96 * 2))
     monkeypatch.setattr(benchmark, "MODEL_BYTES", 2**17)
-    monkeypatch.setattr(benchmark, "do_bench_cudagraph", lambda run, **_: time(run, MODEL, sets))
+    monkeypatch.setattr(
+        benchmark, "do_bench_cudagraph", lambda run, rep, **_: time(run, 2 * sets, range(0, 10 * rep, rep))
+    )
     monkeypatch.setattr(benchmark, "measure_limits", lambda dtype: (2e4, 1e9))
     monkeypatch.setattr(benchmark, "HOST_CALLS", 1)
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
@@ -306,15 +308,11 @@ def test_a_peer_may_fail_at_any_time(tmp_path, monkeypatch, timed_by_rule, capsy
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, timed_by_rule, capsys):
-    monkeypatch.setattr(
-        benchmark,
-        "fused_swiglu",
-        lambda x, gate, up: (
-            torch_swiglu(x, up, gate)
-            if len(x) > 3
-            else torch_swiglu(x.double(), gate.double(), up.double()).to(x.dtype)
-        ),
-    )
+    def exchanged(x, gate, up):  # for the second M
+        gate, up = (up, gate) if len(x) > 3 else (gate, up)
+        return torch_swiglu(x.double(), gate.double(), up.double()).to(x.dtype)
+
+    monkeypatch.setattr(benchmark, "fused_swiglu", exchanged)
     assert run_on_gpu(tmp_path, monkeypatch) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("WRONG in 1 of 2 checks: M = 17, fused: beyond")
     (path,) = tmp_path.glob("*.csv")
