@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import functools
 import gc
 import itertools
 import math
@@ -27,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import namedtuple
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -40,26 +40,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from baseline_torch_swiglu import (
-    FLOAT8,
-    TOLERANCES,
-    check,
-    differentiated,
-    make_dy,
-    make_inputs,
-    quantised,
-    reference,
-    relative_errors,
-    scaled_mm,
-    torch_swiglu,
-    torch_swiglu_float8,
-)
+import baseline_torch_swiglu as baseline
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read while Triton and the kernel are imported, below
 
 import triton
-from triton.testing import do_bench, do_bench_cudagraph
+from triton.testing import do_bench
 
 from fused_triton_swiglu import fused_swiglu
 
@@ -67,7 +54,7 @@ MODELS = {  # K (hidden size), N (intermediate size)
     "llama-3-8b": (4096, 14336), "llama-3-70b": (8192, 28672), "mixtral-8x7b": (4096, 14336),
     "qwen2.5-7b": (3584, 18944), "tinyllama-1.1b": (2048, 5632), "small": (1024, 4096),
 }  # fmt: skip
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float8_e4m3fn": FLOAT8}
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn")}
 LAYOUTS = ("linear", "row-major")
 PROVIDERS = ("torch", "torch-compile", "packed-torch-compile", "fused", "packed-matmul-only")
 BACKWARD_PROVIDERS = ("torch", "torch-compile", "packed-torch-compile", "fused", "fused-recompute")
@@ -83,41 +70,45 @@ RECORDED_PLOT = "results/h200_bfloat16_linear_4096x14336.png"
 
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
 ROUNDS = 3
+# In 100 ms the clock falls by up to a tenth, to what the power of what runs allows. Call by call a turn is longer, at
+# the contender's own clock; in a model it is shorter, so that all share one: their ratios repeat from card to card.
+TURNS = {CALLS: ROUNDS, MODEL: 50}
 MODEL_BYTES = 2**30  # of weights: many times any L2 cache
 HOST_SHAPE = 1, 512, 512  # M, K, N: the GPU is done long before the next call comes
 HOST_CALLS = 1000
 
 
 def check_contenders(contenders, operands, dy, scales):
-    """Of each fused kernel what is wrong with it, or "", and each contender's relative errors. No peer that fails."""
+    """Of each fused kernel what is wrong with it, or "", and each contender's relative errors."""
     verdicts, errors, dtype = {}, {}, operands.x.dtype
-    expected = reference(*operands[:3], dy, scales)
-    for name, run in contenders.items():
+    expected = baseline.reference(*operands[:3], dy, scales)
+    for name, run in [*contenders.items()]:
         if name.startswith("fused"):
-            correct, errors[name] = check(lambda run=run: run(operands), expected, dtype, errors["torch"])
+            correct, errors[name] = baseline.check(lambda run=run: run(operands), expected, dtype, errors["torch"])
             pairs = zip(("y", "dx", "dw_gate", "dw_up"), errors[name], errors["torch"], strict=False)
             pairs = ", ".join(f"{of} {error:.1e} ({eager_error:.1e})" for of, error, eager_error in pairs)
-            limit = f"beyond {TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error"
+            limit = f"beyond {baseline.TOLERANCES[dtype]} or, in a gradient, eager PyTorch's error"
             verdicts[name] = "" if correct else f"{limit}; relative errors (eager PyTorch's) {pairs}"
         elif name != "packed-matmul-only":
-            with left_out_if_it_fails(name):
-                errors[name] = relative_errors(run(operands), expected)
+            with left_out_if_it_fails(name, contenders):
+                errors[name] = baseline.relative_errors(run(operands), expected)
     return verdicts, errors
 
 
 @contextlib.contextmanager
-def left_out_if_it_fails(name):
+def left_out_if_it_fails(name, contenders):
     """A peer: whether and where other people's packages work is their own affair."""
     try:
         yield
     except Exception as error:
         if name not in PEERS:
             raise
-        print(f"{name} left out: {in_one_line(error)}")
+        del contenders[name]
+        tqdm.write(f"{name} left out: {in_one_line(error)}")
 
 
 def in_one_line(error):
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
 
 
 # One x and one set of weights, with the forms of them that contenders want: w_packed is (K, 2N), w_gate then w_up;
@@ -128,21 +119,21 @@ Operands = namedtuple("Operands", ["x", "w_gate", "w_up", "w_packed", "w_interle
 def make_operands(M, K, N, args):
     """Operands; the gradient of the result if the backward pass is timed as well, else None; scales in float8."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype]
-    inputs = make_inputs(M, K, N, torch.float32 if dtype == FLOAT8 else dtype, args.layout, device)
-    (x, w_gate, w_up), scales = quantised(*inputs) if dtype == FLOAT8 else (inputs, ())
+    inputs = baseline.make_inputs(M, K, N, torch.float32 if dtype == baseline.FLOAT8 else dtype, args.layout, device)
+    (x, w_gate, w_up), scales = baseline.quantised(*inputs) if dtype == baseline.FLOAT8 else (inputs, ())
     gate_t, up_t = w_gate.t(), w_up.t()
     w_packed = torch.cat([gate_t, up_t]).t() if args.layout == "linear" else torch.cat([w_gate, w_up], dim=1)
     interleaved = "quack-kernels" in args.providers
     w_interleaved = torch.stack([gate_t, up_t], dim=1).flatten(0, 1) if interleaved else x.new_empty(0)
     leaves = [t.requires_grad_(args.backward) for t in (x, w_gate, w_up, w_packed, w_interleaved)]
-    return Operands(*leaves), make_dy(M, N, dtype, device) if args.backward else None, scales
+    return Operands(*leaves), baseline.make_dy(M, N, dtype, device) if args.backward else None, scales
 
 
 def make_contenders(names, scales):
     """name -> function of Operands. Peers import their package when they are called."""
-    naive, matmul, fused, packed_scales = torch_swiglu, torch.matmul, fused_swiglu, ()
+    naive, matmul, fused, packed_scales = baseline.torch_swiglu, torch.matmul, fused_swiglu, ()
     if scales:
-        naive, matmul, fused = torch_swiglu_float8, scaled_mm, functools.partial(fused_swiglu, scales=scales)
+        naive, matmul, fused = baseline.torch_swiglu_float8, baseline.scaled_mm, partial(fused_swiglu, scales=scales)
         packed_scales = scales[0], torch.cat(scales[1:], dim=1)
 
     def packed_swiglu(x, w_packed, *packed_scales):
@@ -175,17 +166,15 @@ def make_contenders(names, scales):
 def measure_limits(dtype):
     """The card's limits: bytes per ms of a device-to-device copy, read and written; FLOPs per ms of a large matmul."""
 
-    def fastest(run):
-        """In short bursts: longer ones meet the card's power limit, and contenders that need less power beat them."""
+    def fastest(run):  # in short bursts: longer ones meet the power limit, and what needs less power would beat them
         return min(do_bench(run, warmup=10, rep=60, return_mode="min") for _ in range(ROUNDS))
 
     source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    bandwidth = 2 * source.nbytes / fastest(source.clone)
     size = 4096 if dtype.itemsize == 4 else 8192
     a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
     one = torch.ones((), device="cuda")
-    rate = 2 * size**3 / fastest(lambda: scaled_mm(a, b.t(), one, one) if dtype == FLOAT8 else a @ b)
+    rate = 2 * size**3 / fastest(lambda: baseline.scaled_mm(a, b.t(), one, one) if dtype == baseline.FLOAT8 else a @ b)
     return bandwidth, rate
 
 
@@ -221,46 +210,46 @@ def write_csv(rows, path):
         unfinished.unlink(missing_ok=True)
 
 
-def measure(M, args, limits, progress):
+def measure(M, args, limits):
     """What check_contenders says of the fused kernels for this M and, if nothing is wrong, rows of the table."""
     K, N = args.k, args.n
     first, dy, scales = make_operands(M, K, N, args)
     forward = make_contenders(args.providers, scales)
-    contenders = {name: differentiated(run, dy) for name, run in forward.items()}
+    contenders = {name: baseline.differentiated(run, dy) for name, run in forward.items()}
     verdicts, errors = check_contenders(contenders, first, dy, scales)
     if any(verdicts.values()):
         return verdicts, []
-    contenders = {name: run for name, run in contenders.items() if name in errors or name == "packed-matmul-only"}
     memory = {name: memory_of(forward[name], first, dy) for name in contenders} if args.backward else {}
 
     sets = max(2, math.ceil(MODEL_BYTES / (first.w_gate.nbytes + first.w_up.nbytes)))
     operands = [first, *(copy.deepcopy(first)._replace(x=first.x) for _ in range(sets - 1))]
-    times = {(name, method): [] for method in (CALLS, MODEL) for name in contenders}
-    for i in range(ROUNDS):
-        for name in shuffled(contenders, i):
-            progress.set_description(f"M = {M}, {name}")
-            progress.update()
-            with left_out_if_it_fails(name):
-                for method in (CALLS, MODEL):
-                    times[name, method] += gpu_times(contenders[name], operands, method)
-                continue
-            del contenders[name]
-
-    bandwidth, rate = limits
-    flops = 4 * M * N * K * (1 + 2 * args.backward)
-    result_bytes = M * N * max(first.x.element_size(), 2)
-    least_bytes = (first.x.nbytes + first.w_gate.nbytes + first.w_up.nbytes + result_bytes) * (1 + args.backward)
-    rows = summarize({key: ms for key, ms in times.items() if key[0] in contenders}, M, K, N)
+    calls, model = (times_in_turn(contenders, operands, method, M) for method in (CALLS, MODEL))
+    least_bytes = first.x.nbytes + first.w_gate.nbytes + first.w_up.nbytes + M * N * max(first.x.element_size(), 2)
+    limit = max(least_bytes * (1 + args.backward) / limits[0], 4 * M * N * K * (1 + 2 * args.backward) / limits[1])
+    rows = summarize({name: calls[name] for name in model}, CALLS, M, K, N) + summarize(model, MODEL, M, K, N)
     for row in rows:
-        row["share_of_limit"] = max(least_bytes / bandwidth, flops / rate) / row["ms"]
+        row["share_of_limit"] = limit / row["ms"]
         row["rel_error"] = np.max(errors.get(row["provider"], math.nan))  # NaN if one is there
         row["peak_mib"], row["kept_mib"] = memory.get(row["provider"], (None, None))
     return verdicts, rows
 
 
-def shuffled(names, seed):
-    """In turn, so that a drifting clock hits all contenders alike, and in another order each time."""
-    return random.Random(seed).sample([*names], len(names))
+def times_in_turn(contenders, operands, method, M):
+    """name -> milliseconds of its calls. contenders: name -> function of one of the operands; peers that fail go."""
+    pool = torch.cuda.graph_pool_handle()  # of all graphs but the peers', as a capture that fails spoils its pool
+
+    @cache
+    def timer(name):
+        if method == CALLS:
+            return partial(do_bench, partial(contenders[name], operands[0]), warmup=100, rep=100, return_mode="all")
+        return in_a_graph(contenders[name], operands, None if name in PEERS else pool)
+
+    times = {name: [] for name in contenders}
+    for i in tqdm(range(TURNS[method]), f"M = {M}, {method}", leave=False, disable=None):
+        for name in random.Random(i).sample([*contenders], len(contenders)):  # none has the same before it each time
+            with left_out_if_it_fails(name, contenders):
+                times[name] += timer(name)()
+    return {name: times[name] for name in contenders}
 
 
 def memory_of(run, leaves, dy):
@@ -271,25 +260,39 @@ def memory_of(run, leaves, dy):
     torch.cuda.reset_peak_memory_stats()
     y = run(leaves)
     kept = torch.cuda.memory_allocated() - before - y.nbytes
-    differentiated(lambda leaves: y, dy)(leaves)
+    baseline.differentiated(lambda leaves: y, dy)(leaves)
     return (torch.cuda.max_memory_allocated() - before) / 2**20, kept / 2**20
 
 
-def gpu_times(run, operands, method):
-    """Milliseconds of calls after 100 ms, in which the clock falls by up to a tenth, as power allows."""
-    if method == CALLS:
-        return do_bench(lambda: run(operands[0]), warmup=100, rep=100, return_mode="all")
-    all_in_turn = do_bench_cudagraph(lambda: [run(o) for o in operands], rep=20, return_mode="all")  # ten times 20 ms
-    return [ms / len(operands) for ms in all_in_turn[-5:]]
+def in_a_graph(run, operands, pool):
+    """A function that times a call inside a CUDA graph of some 2 ms, in which `run` takes the operands in turn."""
+    ms = do_bench(lambda: [run(each) for each in operands], warmup=1, rep=1, return_mode="min")  # all are tuned then
+    graph, many = torch.cuda.CUDAGraph(), operands * math.ceil(2 / ms)
+    # From Triton 3.8 on, so that no kernel is collected, and unloads itself, while the graph is captured.
+    capture = getattr(triton.testing, "cuda_graph_without_gc", torch.cuda.graph)
+    with torch.cuda.stream(torch.cuda.Stream()), capture(graph, pool=pool):
+        for each in many:
+            run(each)
+
+    def time_a_call():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # before that, the cache and the power are those of another contender
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return [start.elapsed_time(end) / len(many)]
+
+    return time_a_call
 
 
-def summarize(times, M, K, N):
-    """A row for each contender and method, from its times in milliseconds."""
+def summarize(times, method, M, K, N):
+    """A row for each contender, from its times in milliseconds."""
     rows = []
-    for (name, method), ms in times.items():
+    for name, ms in times.items():
         p20, median, p80 = np.quantile(ms, [0.2, 0.5, 0.8])
         row = {"M": M, "K": K, "N": N, "provider": name, "method": method, "ms": median, "ms_p20": p20, "ms_p80": p80}
-        rows.append(row | {"speedup": np.median(times["torch", method]) / median})
+        rows.append(row | {"speedup": np.median(times["torch"]) / median})
     return rows
 
 
@@ -297,16 +300,16 @@ def measure_host_cost(args):
     """Rows of the table: how long a call keeps the CPU busy, thousands of calls without a synchronisation."""
     operands, dy, scales = make_operands(*HOST_SHAPE, args)
     names = [name for name in ("torch", "torch-compile", "fused") if name in args.providers]
-    contenders, times = make_contenders(names, scales), {(name, HOST): [] for name in names}
+    contenders, times = make_contenders(names, scales), {name: [] for name in names}
     for name in ROUNDS * names:
-        run = differentiated(contenders[name], dy)
+        run = baseline.differentiated(contenders[name], dy)
         run(operands)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(HOST_CALLS):
             run(operands)
-        times[name, HOST].append((time.perf_counter() - start) * 1e3 / HOST_CALLS)
-    return summarize(times, *HOST_SHAPE)
+        times[name].append((time.perf_counter() - start) * 1e3 / HOST_CALLS)
+    return summarize(times, HOST, *HOST_SHAPE)
 
 
 def run_on_gpu(args, checked):
@@ -318,7 +321,6 @@ def run_on_gpu(args, checked):
     print(f"{args.dtype}, K = {args.k}, N = {args.n}, {args.layout} weights")
     kind = f"{args.dtype}_{args.layout}_{args.k}x{args.n}{'_backward' * args.backward}"
     path, rows = new_path(args.output_dir, named["gpu"], kind), []
-    progress = tqdm(total=len(args.m) * len(args.providers) * ROUNDS, unit="timing", dynamic_ncols=True, disable=None)
     try:
         bandwidth, rate = limits = measure_limits(DTYPES[args.dtype])
         print(f"measured limits: copy {bandwidth * 1e-9:.2f} TB/s, matmul {rate * 1e-9:.0f} TFLOP/s")
@@ -326,16 +328,15 @@ def run_on_gpu(args, checked):
         host_costs = ", ".join(f"{row['provider']} {row['ms'] * 1e3:.1f}" for row in host_rows)
         print(f"host time of a call, us (M, K, N = {HOST_SHAPE}): {host_costs}\n\nus {CALLS} | {MODEL}")
         for M in args.m:
-            verdicts, measured = measure(M, args, limits, progress)
+            verdicts, measured = measure(M, args, limits)
             checked |= {f"M = {M}, {name}": verdict for name, verdict in verdicts.items()}
             by_provider = pd.DataFrame(measured, columns=COLUMNS).groupby("provider", sort=False).ms
             medians = [f"{name} {' | '.join(f'{ms * 1e3:.1f}' for ms in pair)}" for name, pair in by_provider]
-            progress.write(f"M = {M:5}  {', '.join(medians) or 'WRONG, not timed'}")
+            print(f"M = {M:5}  {', '.join(medians) or 'WRONG, not timed'}")
             rows += [named | row for row in measured]
             if rows:
                 write_csv(host_rows + rows, path)
     finally:
-        progress.close()
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cost the table and the plot
         try:
             report(host_rows + rows if rows else [], path)
@@ -378,13 +379,13 @@ def run_interpreted(args, checked):
     print("No GPU found: checking the kernel through Triton's interpreter, in all dtypes and layouts.")
     print("The shapes are small and fixed there: of the options only --backward matters.\n")
     for args.dtype in DTYPES:
-        float8, largest = DTYPES[args.dtype] == FLOAT8, {}
+        float8, largest = DTYPES[args.dtype] == baseline.FLOAT8, {}
         if float8 and args.backward:
             continue
         for args.layout, shape in itertools.product(LAYOUTS[:1] if float8 else LAYOUTS, INTERPRETED_SHAPES):
             operands, dy, scales = make_operands(*shape, args)
             contenders = make_contenders(["torch", "fused"] + ["fused-recompute"] * args.backward, scales)
-            both = {name: differentiated(run, dy) for name, run in contenders.items()}
+            both = {name: baseline.differentiated(run, dy) for name, run in contenders.items()}
             verdicts, errors = check_contenders(both, operands, dy, scales)
             where = f"{args.dtype}, {args.layout}, M, K, N = {shape}"
             checked |= {f"{where}, {name}": verdict for name, verdict in verdicts.items()}
@@ -437,11 +438,10 @@ def plot(table, path):
             axis.fill_between(values.index, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
         axis.set_ylim(limits)
         # Names stand at the lines' ends, halfway between pushed up and pushed down until none overlap, beside the axis.
-        gap = 0.05 * np.ptp(limits)
-        steps = gap * np.arange(len(lines))
+        *steps, room = np.arange(len(lines) + 1) * 0.05 * np.ptp(limits)
         free = pd.Series({label: line.iloc[-1] for label, line in lines.items()}).sort_values() - steps
         free = (free.cummax() + free[::-1].cummin()[::-1]) / 2
-        for label, y in (free.clip(limits[0], limits[1] - gap * len(lines)) + steps).items():
+        for label, y in (free.clip(limits[0], limits[1] - room) + steps).items():
             style = {"color": COLORS[label.partition(",")[0]], "weight": "bold" if label == "fused" else "normal"}
             style |= {"textcoords": "offset points", "annotation_clip": False, "va": "center"}
             axis.annotate(label, (values.index[-1], y), (8, 0), **style)
@@ -500,7 +500,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.k, args.n = args.k or MODELS[args.model][0], args.n or MODELS[args.model][1]
     args.m = sorted(set(args.m))
-    float8 = DTYPES[args.dtype] == FLOAT8
+    float8 = DTYPES[args.dtype] == baseline.FLOAT8
     if float8 and (args.backward or args.layout != "linear" or args.k % 16 or args.n % 16):
         parser.error(f"--dtype {args.dtype} has no --backward, no --layout but linear, no K and N but in steps of 16")
     possible = (BACKWARD_PROVIDERS if args.backward else PROVIDERS + ON_REQUEST) + PEERS * (not float8)

@@ -25,7 +25,6 @@ import benchmark  # sets up the interpreter where there is no GPU, so it comes b
 import triton
 import triton.language as tl
 from matplotlib.figure import Figure
-from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fused_triton_swiglu as fts
@@ -235,11 +234,8 @@ def measure(M, steps):
     if not GPU:
         return None
     runs[BARE] = lambda x, w: x @ w.flatten(0, 1).t()
-    times = {name: [] for name in runs}
-    for i in tqdm(range(benchmark.ROUNDS), desc=f"M = {M}", leave=False, disable=None):
-        for name in benchmark.shuffled(runs, i):
-            times[name] += benchmark.gpu_times(lambda both, run=runs[name]: run(*both), [(x, w)], benchmark.MODEL)
-    us = pd.DataFrame(times).median() * 1e3
+    calls = {name: lambda both, run=run: run(*both) for name, run in runs.items()}
+    us = pd.DataFrame(benchmark.times_in_turn(calls, [(x, w)], benchmark.MODEL, M)).median() * 1e3
     gain = (us.shift() / us - 1).drop(BARE)  # over the step before, and of the first one over eager PyTorch
     table = pd.DataFrame({"M": M, "us": us, "share": us[BARE] / us, "gain": gain, "rel_error": pd.Series(errors)})
     return table.loc[us.index].rename_axis("step").reset_index()

@@ -18,7 +18,7 @@ NOISE = 0.02  # what differs by less is told as the same
 CALLS, MODEL, HOST = "call by call", "in a model", "host"  # as in benchmark.py
 BARE = "packed-matmul-only"
 RECORDED = sorted(RESULTS.glob("*float*.csv"))  # by benchmark.py
-KINDS = {"": "", "_backward": ", both passes", "_peers": ", other packages", "_all": ", every contender"}
+KINDS = {"": "", "_backward": ", both passes", "_all": ", every contender", "_card1": ", card 1", "_card2": ", card 2"}
 
 
 def read(name):
@@ -119,6 +119,12 @@ def elsewhere():
         lines.append(f"- {label(name)}: in a model {eager} eager's speed, {best} the fastest other form's.")
     recompute = us.torch / us["fused-recompute"]  # of the last one
     lines[-1] += f" With `recompute=True` {recompute.min():.2f} to {recompute.max():.2f} times eager's."
+    ratios = [us.div(us.fused, axis=0) for us in (times(f"{MAIN}_card{i}", MODEL) for i in (1, 2))]
+    links = " and ".join(f"[{i}](results/{MAIN}_card{i}.csv)" for i in (1, 2))
+    apart = (ratios[0] / ratios[1] - 1).abs().max(axis=None)
+    lines.append(
+        f"- On two other cards no ratio of `fused` to another in a model differs by more than {apart:.1%} ({links})."
+    )
     return "\n".join(lines)
 
 

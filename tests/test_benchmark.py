@@ -1,5 +1,6 @@
 """Tests of benchmark.py."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -204,32 +205,71 @@ FAILURES = {
 def timed_by_rule(monkeypatch):
     """All of a run on a GPU but the GPU: calls run on the CPU, and what they take is told by a rule.
 
-    The time of a call is the number of its M among those timed, in milliseconds, twice that in a model, nine times as
-    long in the first 100 ms. What is put in the list returned is raised where the second M is timed.
+    The time of a call is the number of its M among those timed, in 1/16 ms, twice that in a graph, nine times as long
+    in the first 100 ms and in the first replay of a turn. What is put in the list returned is raised where the second M
+    is timed.
     """
     if GPU:
         pytest.skip("simulates a GPU")
-    failures, Ms = [], []
+    failures, Ms, called, clock = [], [], [], [0]
 
-    def time(run, ms, starts):
+    class Graph:
+        made = []  # noqa: RUF012, anew for each test
+
+        def __init__(self):
+            self.made.append(self)
+            self.replays = 0
+
+        def replay(self):
+            self.replays += 1
+            clock[0] += 2 * self.calls * len({*Ms}) / 16 * (9 if self.replays % 2 else 1)
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        called.clear()
+        yield
+        graph.calls = len(called)
+        assert len({*called}) == math.ceil(2**17 / (2 * 64 * 96 * 2))  # sets of weights
+        assert graph.calls * len({*Ms}) / 16 >= 2  # ms
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.synchronize = lambda: None
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def do_bench(run, warmup, rep, return_mode):
+        called.clear()
         run()
         if len({*Ms}) == 2 and failures:
             raise failures[0]
-        return [ms * len({*Ms}) * (1 if start >= 100 else 9) for start in starts]
+        ms = len(called) * len({*Ms}) / 16
+        return [ms * (1 if warmup >= 100 else 9)] * 10 if return_mode == "all" else ms
+
+    def counted(run, dy, real=benchmark.baseline.differentiated):
+        return lambda operands: called.append(operands[1].data_ptr()) or real(run, dy)(operands)
 
     def check_contenders(contenders, operands, dy, scales, real=benchmark.check_contenders):
         Ms.append(len(operands.x))
         return real(contenders, operands, dy, scales)
 
     monkeypatch.setattr(benchmark, "check_contenders", check_contenders)
-    monkeypatch.setattr(benchmark, "do_bench", lambda run, warmup, **_: time(run, 1, [warmup] * 10))
-    sets = math.ceil(2**17 / (2 * 64 * 96 * 2))
+    monkeypatch.setattr(benchmark, "do_bench", do_bench)
+    monkeypatch.setattr(benchmark.baseline, "differentiated", counted)
     monkeypatch.setattr(benchmark, "MODEL_BYTES", 2**17)
-    monkeypatch.setattr(
-        benchmark, "do_bench_cudagraph", lambda run, rep, **_: time(run, 2 * sets, range(0, 10 * rep, rep))
-    )
-    monkeypatch.setattr(benchmark, "measure_limits", lambda dtype: (2e4, 1e9))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda dtype: (2e4, 1.2e5))
     monkeypatch.setattr(benchmark, "HOST_CALLS", 1)
+    monkeypatch.setattr(benchmark, "memory_of", lambda *_: (2, 1))  # MiB
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: r"NVIDIA H100 80GB $\frac$")
@@ -244,24 +284,37 @@ def run_on_gpu(tmp_path, monkeypatch, *options):
     return benchmark.main()
 
 
-def test_rows_of_a_run(tmp_path, monkeypatch, timed_by_rule, capsys):
-    assert run_on_gpu(tmp_path, monkeypatch) == 0
+@pytest.mark.parametrize("passes", [1, 3], ids=["forward", "both passes"])  # the second one is twice the work
+def test_rows_of_a_run(passes, tmp_path, monkeypatch, timed_by_rule, capsys):
+    options, providers, runs, kind = (), benchmark.PROVIDERS, 2, ""
+    if passes == 3:
+        options, providers, runs, kind = ["--backward"], benchmark.BACKWARD_PROVIDERS, 4, "_backward"
+    assert run_on_gpu(tmp_path, monkeypatch, *options) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "2 checks of the fused kernel passed, none failed"
-    as_in_the_readme = ", ".join(f"{name} 1000.0 | 2000.0" for name in benchmark.PROVIDERS)
+    assert out.splitlines()[-1] == f"{runs} checks of the fused kernel passed, none failed"
+    as_in_the_readme = ", ".join(f"{name} 62.5 | 125.0" for name in providers)
     assert f"M =     3  {as_in_the_readme}" in out.splitlines()
-    table = benchmark.read_run(tmp_path / "h100-80gb-frac-_bfloat16_linear_64x96.csv")
+    assert [graph.replays for graph in torch.cuda.CUDAGraph.made] == [2 * benchmark.TURNS[MODEL]] * 2 * len(providers)
+    table = benchmark.read_run(tmp_path / f"h100-80gb-frac-_bfloat16_linear_64x96{kind}.csv")
     table = table[table.method != HOST]
-    assert [*table.provider.unique()] == [*benchmark.PROVIDERS]
-    twice = benchmark.summarize({("torch", CALLS): [2.0], ("fused", CALLS): [1.0]}, 1, 1, 1)[1]
-    assert twice["provider"] == "fused" and twice["speedup"] == 2
+    assert [*table.provider.unique()] == [*providers]
     nth = table.M.map({3: 1, 17: 2})
-    assert (table.ms == nth * table.method.map({CALLS: 1, MODEL: 2})).all() and (table.speedup == 1).all()
-    limit = 2 * (table.M * 64 + 2 * 64 * 96 + table.M * 96) / 2e4  # bytes over the rate of a copy
-    torch.testing.assert_close(
-        torch.tensor(table.share_of_limit.to_numpy()), torch.tensor((limit / table.ms).to_numpy()), rtol=1e-5, atol=0
+    assert (table.ms == nth * table.method.map({CALLS: 1 / 16, MODEL: 1 / 8})).all() and (table.speedup == 1).all()
+    # The bytes over the rate of a copy for M = 3, the multiplications over that of a matmul for M = 17.
+    limit = table.M.map(
+        {3: (1 + passes) * (3 * 64 + 2 * 64 * 96 + 3 * 96) / 2e4, 17: passes * 4 * 17 * 64 * 96 / 1.2e5}
     )
-    assert (table.rel_error[table.provider == "fused"] < ROUNDING[torch.bfloat16]).all()
+    assert (limit / table.ms).tolist() == pytest.approx(table.share_of_limit.tolist(), rel=1e-5)
+    assert (table.rel_error[table.provider == "fused"] < 2 * ROUNDING[torch.bfloat16]).all()
+
+
+def test_a_row_has_median_percentiles_and_speedup():
+    torch_row, fused_row = benchmark.summarize({"torch": [2.0, 3, 4, 5, 6, 8], "fused": [2.25]}, CALLS, 1, 2, 3)
+    assert torch_row == {
+        **{"M": 1, "K": 2, "N": 3, "provider": "torch", "method": CALLS},
+        **{"ms": 4.5, "ms_p20": 3, "ms_p80": 6, "speedup": 1},
+    }
+    assert fused_row["speedup"] == 2
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -274,9 +327,10 @@ def test_what_was_measured_is_kept(failure, tmp_path, monkeypatch, timed_by_rule
     assert {*timed.M[timed.method != HOST]} == {3}
     assert {*tmp_path.iterdir()} == {path, path.with_suffix(".png")}
     out, err = capsys.readouterr()
-    assert len(re.findall(r"^3 .* [12]000.0 .* 1.00x +\d+%$", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^3 .* (?:62|125)\.[05] .* 1.00x +\d+%$", out, re.MULTILINE)) == 2
     first_line = str(error).partition("\n")[0]
-    kept = f"ENDED by {type(error).__name__}: {first_line}, after: 1 checks of the fused kernel passed, none failed"
+    what = f"{type(error).__name__}: {first_line}".removesuffix(": ")
+    kept = f"ENDED by {what}, after: 1 checks of the fused kernel passed, none failed"
     assert out.splitlines()[-1] == kept
     assert ("Traceback" in err) == (failure == "kernel")
 
@@ -291,12 +345,13 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, timed_by_rule):
     assert len([*tmp_path.iterdir()]) == 7 and not first.exists()
 
 
-def test_a_peer_may_fail_at_any_time(tmp_path, monkeypatch, timed_by_rule, capsys):
+@pytest.mark.parametrize("right", [3, 1 + benchmark.TURNS[CALLS]], ids=["call by call", "in a graph"])
+def test_a_peer_may_fail_at_any_time(right, tmp_path, monkeypatch, timed_by_rule, capsys):
     calls = []
 
     def peer(module):
         calls.append(module)
-        if len(calls) > 3:  # later than in the check
+        if len(calls) > right:  # the first one is the check's
             raise RuntimeError("not in a graph")
         return SimpleNamespace(gemm_swiglu=lambda x, gate, up, *_: (torch_swiglu(x, gate.t(), up.t()),))
 
@@ -328,7 +383,7 @@ def test_a_full_disk_costs_no_figure(full, tmp_path, monkeypatch, timed_by_rule,
     monkeypatch.setattr(*(Path, "replace") if full == "csv" else (benchmark, "plot"), fail)
     assert run_on_gpu(tmp_path, monkeypatch) == 1
     out = capsys.readouterr().out
-    assert ",bfloat16,linear,64,96,3,fused,call by call,1.0," in out
+    assert ",bfloat16,linear,64,96,3,fused,call by call,0.0625," in out
     assert "ENDED by OSError: [Errno 28] No space left on device" in out.splitlines()[-1]
     assert [path.suffix for path in tmp_path.iterdir()] == ([] if full == "csv" else [".csv"])
 
