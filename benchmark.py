@@ -50,10 +50,7 @@ from triton.testing import do_bench
 
 from fused_triton_swiglu import fused_swiglu
 
-MODELS = {  # K (hidden size), N (intermediate size)
-    "llama-3-8b": (4096, 14336), "llama-3-70b": (8192, 28672), "mixtral-8x7b": (4096, 14336),
-    "qwen2.5-7b": (3584, 18944), "tinyllama-1.1b": (2048, 5632), "small": (1024, 4096),
-}  # fmt: skip
+MODELS = {"llama-3-8b": (4096, 14336), "llama-3-70b": (8192, 28672), "tinyllama-1.1b": (2048, 5632)}  # K, N
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float8_e4m3fn")}
 LAYOUTS = ("linear", "row-major")
 PROVIDERS = ("torch", "torch-compile", "packed-torch-compile", "fused", "packed-matmul-only")
@@ -62,7 +59,7 @@ ON_REQUEST = ("fused-batch-invariant",)  # forward only
 PEERS = ("liger-kernel", "flash-swiglu-mlp", "quack-kernels")  # other people's packages, timed where installed
 EVERY_PROVIDER = tuple(dict.fromkeys(PROVIDERS + BACKWARD_PROVIDERS + ON_REQUEST + PEERS))
 COLORS = dict(zip(EVERY_PROVIDER, ("C0", "#17a2b8", "C2", "C3", "C7", "C1", "C1", "C6", "C5", "C4"), strict=True))
-CALLS, MODEL, HOST = "call by call", "in a model", "host"  # of ms: GPU time, see above; how long a call busies the CPU
+CALLS, MODEL, HOST = "call by call", "in a model", "host"  # two of GPU time, see above; how long a call busies the CPU
 NAMED = ["date", "command", "gpu", "torch", "triton", "dtype", "layout", "K", "N"]  # the same in a run's GPU times
 COLUMNS = [*NAMED, "M", "provider", "method", "ms", "ms_p20", "ms_p80", "speedup", "share_of_limit", "rel_error"]
 COLUMNS += ["peak_mib", "kept_mib"]  # of both passes: MiB beyond the inputs; between the two, beyond the result as well
@@ -70,8 +67,8 @@ RECORDED_PLOT = "results/h200_bfloat16_linear_4096x14336.png"
 
 INTERPRETED_SHAPES = ((1, 64, 96), (5, 1, 33), (17, 67, 45), (70, 130, 129), (130, 72, 136))  # M, K, N
 ROUNDS = 3
-# In 100 ms the clock falls by up to a tenth, to what the power of what runs allows. Call by call a turn is longer, at
-# the contender's own clock; in a model it is shorter, so that all share one: their ratios repeat from card to card.
+# Under load the clock falls for 100 ms, by up to a tenth, until the power fits. Call by call a turn warms up that long,
+# to the contender's own clock. In a model most turns are far shorter: all share one, and ratios repeat on another card.
 TURNS = {CALLS: ROUNDS, MODEL: 50}
 MODEL_BYTES = 2**30  # of weights: many times any L2 cache
 HOST_SHAPE = 1, 512, 512  # M, K, N: the GPU is done long before the next call comes
@@ -166,7 +163,7 @@ def make_contenders(names, scales):
 def measure_limits(dtype):
     """The card's limits: bytes per ms of a device-to-device copy, read and written; FLOPs per ms of a large matmul."""
 
-    def fastest(run):  # in short bursts: longer ones meet the power limit, and what needs less power would beat them
+    def fastest(run):  # in short bursts, at full clock: at one that power limits it would be no limit for others
         return min(do_bench(run, warmup=10, rep=60, return_mode="min") for _ in range(ROUNDS))
 
     source = torch.randn(2**28, device="cuda")
@@ -236,7 +233,7 @@ def measure(M, args, limits):
 
 def times_in_turn(contenders, operands, method, M):
     """name -> milliseconds of its calls. contenders: name -> function of one of the operands; peers that fail go."""
-    pool = torch.cuda.graph_pool_handle()  # of all graphs but the peers', as a capture that fails spoils its pool
+    pool = torch.cuda.graph_pool_handle()  # of all graphs but the peers', as a capture that fails spoils it for others
 
     @cache
     def timer(name):
@@ -246,7 +243,7 @@ def times_in_turn(contenders, operands, method, M):
 
     times = {name: [] for name in contenders}
     for i in tqdm(range(TURNS[method]), f"M = {M}, {method}", leave=False, disable=None):
-        for name in random.Random(i).sample([*contenders], len(contenders)):  # none has the same before it each time
+        for name in random.Random(i).sample([*contenders], len(contenders)):  # in another order each turn
             with left_out_if_it_fails(name, contenders):
                 times[name] += timer(name)()
     return {name: times[name] for name in contenders}
@@ -265,18 +262,18 @@ def memory_of(run, leaves, dy):
 
 
 def in_a_graph(run, operands, pool):
-    """A function that times a call inside a CUDA graph of some 2 ms, in which `run` takes the operands in turn."""
-    ms = do_bench(lambda: [run(each) for each in operands], warmup=1, rep=1, return_mode="min")  # all are tuned then
+    """A function that times a call inside a CUDA graph, in which `run` takes the operands in turn, for 2 ms or once."""
+    ms = do_bench(lambda: [run(each) for each in operands], warmup=1, rep=1, return_mode="min")  # tunes as well
     graph, many = torch.cuda.CUDAGraph(), operands * math.ceil(2 / ms)
     # From Triton 3.8 on, so that no kernel is collected, and unloads itself, while the graph is captured.
     capture = getattr(triton.testing, "cuda_graph_without_gc", torch.cuda.graph)
-    with torch.cuda.stream(torch.cuda.Stream()), capture(graph, pool=pool):
+    with torch.cuda.stream(torch.cuda.Stream()), capture(graph, pool=pool):  # one that fails leaves its stream current
         for each in many:
             run(each)
 
     def time_a_call():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()  # before that, the cache and the power are those of another contender
+        graph.replay()  # not timed: it meets the cache and the clock that another contender left
         start.record()
         graph.replay()
         end.record()
