@@ -4,8 +4,8 @@
 
 Every contender is timed in two ways. "Call by call": one call at a time from Python, after a flush of the L2 cache, as
 a user of eager PyTorch sees it. "In a model": several sets of weights in turn inside one CUDA graph, as a served model
-runs its layers, where the host's speed does not matter. The measured limit is the time for the bytes at the rate of a
-copy, or for the multiplications at the rate of one large matmul, whichever takes longer, both measured at the start.
+runs its layers; the host's speed does not matter, and all contenders share one clock. The measured limit is the time of
+the bytes at a copy's rate or of the multiplications at one large matmul's, whichever is longer, measured at the start.
 Without a GPU the kernel is checked through Triton's interpreter, and nothing is timed.
 """
 
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import namedtuple
+from collections import deque, namedtuple
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -216,8 +216,10 @@ def measure(M, args, limits):
     verdicts, errors = check_contenders(contenders, first, dy, scales)
     if any(verdicts.values()):
         return verdicts, []
-    memory = {name: memory_of(forward[name], first, dy) for name in contenders} if args.backward else {}
-
+    memory = {}
+    for name in [*contenders] * args.backward:
+        with left_out_if_it_fails(name, contenders):
+            memory[name] = memory_of(forward[name], first, dy)
     sets = max(2, math.ceil(MODEL_BYTES / (first.w_gate.nbytes + first.w_up.nbytes)))
     operands = [first, *(copy.deepcopy(first)._replace(x=first.x) for _ in range(sets - 1))]
     calls, model = (times_in_turn(contenders, operands, method, M) for method in (CALLS, MODEL))
@@ -263,13 +265,12 @@ def memory_of(run, leaves, dy):
 
 def in_a_graph(run, operands, pool):
     """A function that times a call inside a CUDA graph, in which `run` takes the operands in turn, for 2 ms or once."""
-    ms = do_bench(lambda: [run(each) for each in operands], warmup=1, rep=1, return_mode="min")  # tunes as well
+    ms = do_bench(lambda: deque(map(run, operands), maxlen=0), warmup=1, rep=1, return_mode="min")  # tunes as well
     graph, many = torch.cuda.CUDAGraph(), operands * math.ceil(2 / ms)
-    # From Triton 3.8 on, so that no kernel is collected, and unloads itself, while the graph is captured.
-    capture = getattr(triton.testing, "cuda_graph_without_gc", torch.cuda.graph)
-    with torch.cuda.stream(torch.cuda.Stream()), capture(graph, pool=pool):  # one that fails leaves its stream current
-        for each in many:
-            run(each)
+    gc.disable()  # a kernel that is collected now unloads itself, which spoils the capture
+    with torch.cuda.stream(torch.cuda.Stream()), torch.cuda.graph(graph, pool=pool):  # a failure stays in its stream
+        deque(map(run, many), maxlen=0)  # keeps no result
+    gc.enable()
 
     def time_a_call():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -436,7 +437,7 @@ def plot(table, path):
         axis.set_ylim(limits)
         # Names stand at the lines' ends, halfway between pushed up and pushed down until none overlap, beside the axis.
         *steps, room = np.arange(len(lines) + 1) * 0.05 * np.ptp(limits)
-        free = pd.Series({label: line.iloc[-1] for label, line in lines.items()}).sort_values() - steps
+        free = pd.Series({label: line.ffill().iloc[-1] for label, line in lines.items()}).sort_values() - steps
         free = (free.cummax() + free[::-1].cummin()[::-1]) / 2
         for label, y in (free.clip(limits[0], limits[1] - room) + steps).items():
             style = {"color": COLORS[label.partition(",")[0]], "weight": "bold" if label == "fused" else "normal"}
@@ -465,8 +466,9 @@ def read_run(path):
     timed = table[table.method != HOST]
     columns = timed.pivot(index="M", columns=["method", "provider"], values="ms")  # ValueError: one is there twice
     calls, model = ({*columns.get(method, {})} for method in (CALLS, MODEL))
+    whole = columns.drop(columns=[*PEERS], level=1, errors="ignore").notna()  # a peer may fail for some M
     sensible = (timed[["M", *COLUMNS[12:16]]] > 0).all(axis=None) and np.isfinite(timed.ms).all()
-    one_run = sensible and columns.notna().all(axis=None) and timed.groupby(NAMED, dropna=False).ngroups == 1
+    one_run = sensible and whole.all(axis=None) and timed.groupby(NAMED, dropna=False).ngroups == 1
     if not one_run or calls != model or "torch" not in calls or not calls <= {*EVERY_PROVIDER}:
         raise ValueError("expected one run of this benchmark, with each contender once for each M and method")
     return table
@@ -525,7 +527,8 @@ def draw_again(path):
 
 
 def main():
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # medians as they come, through a pipe too
+    with contextlib.suppress(AttributeError):  # a notebook's. Else medians are to come at once, through a pipe too
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     args = parse_args()
     if args.plot:
         return draw_again(args.plot)

@@ -1,6 +1,8 @@
 """Tests of benchmark.py."""
 
 import contextlib
+import gc
+import io
 import itertools
 import math
 import os
@@ -119,8 +121,6 @@ def test_float8_is_judged_by_its_norm_too():
 REFUSED = {
     "--m 0": "argument --m: 0 is not 1 or more, and less than 2**31",
     "--m 99999999999999999999999": "99999999999999999999999 is not 1 or more",
-    "--k many": "argument --k: invalid positive_int value: 'many'",
-    "--providers cublas": "argument --providers: invalid choice: 'cublas'",
     "--providers fused-recompute": "--providers fused-recompute: with these options expected some of ('torch', ",
     "--backward --providers packed-matmul-only": "--providers packed-matmul-only: with these options expected some of",
     "--dtype float8_e4m3fn --backward": "--dtype float8_e4m3fn has no --backward",
@@ -214,33 +214,41 @@ def timed_by_rule(monkeypatch):
     failures, Ms, called, clock = [], [], [], [0]
 
     class Graph:
-        made = []  # noqa: RUF012, anew for each test
+        made, order = [], []
 
         def __init__(self):
             self.made.append(self)
             self.replays = 0
 
         def replay(self):
+            self.order.append(self)
             self.replays += 1
             clock[0] += 2 * self.calls * len({*Ms}) / 16 * (9 if self.replays % 2 else 1)
 
     @contextlib.contextmanager
     def capture(graph, pool):
+        sets = math.ceil(2**17 / (2 * 64 * 96 * 2))  # of weights
+        assert len({*called}) == sets  # each was tuned before
         called.clear()
+        assert not gc.isenabled()
+        graph.pool = pool
         yield
         graph.calls = len(called)
-        assert len({*called}) == math.ceil(2**17 / (2 * 64 * 96 * 2))  # sets of weights
+        assert len({*called}) == sets
         assert graph.calls * len({*Ms}) / 16 >= 2  # ms
 
     class Event:
         def __init__(self, enable_timing):
-            self.synchronize = lambda: None
+            pass
 
         def record(self):
-            self.at = clock[0]
+            self.recorded = clock[0]
+
+        def synchronize(self):
+            self.at = self.recorded
 
         def elapsed_time(self, end):
-            return end.at - self.at
+            return end.at - self.recorded
 
     def do_bench(run, warmup, rep, return_mode):
         called.clear()
@@ -263,13 +271,13 @@ def timed_by_rule(monkeypatch):
     monkeypatch.setattr(benchmark, "MODEL_BYTES", 2**17)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "shared")
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(benchmark, "measure_limits", lambda dtype: (2e4, 1.2e5))
     monkeypatch.setattr(benchmark, "HOST_CALLS", 1)
-    monkeypatch.setattr(benchmark, "memory_of", lambda *_: (2, 1))  # MiB
+    monkeypatch.setattr(benchmark, "memory_of", lambda run, leaves, dy: (run(leaves), (2, 1))[1])  # MiB
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: r"NVIDIA H100 80GB $\frac$")
@@ -292,10 +300,14 @@ def test_rows_of_a_run(backward, tmp_path, monkeypatch, timed_by_rule, capsys):
     assert out.splitlines()[-1] == f"{2 + 2 * backward} checks of the fused kernel passed, none failed"
     as_in_the_readme = ", ".join(f"{name} 62.5 | 125.0" for name in providers)
     assert f"M =     3  {as_in_the_readme}" in out.splitlines()
-    assert [graph.replays for graph in torch.cuda.CUDAGraph.made] == [2 * benchmark.TURNS[MODEL]] * 2 * len(providers)
+    graphs, order, count = torch.cuda.CUDAGraph.made, torch.cuda.CUDAGraph.order, len(providers)
+    assert [graph.replays for graph in graphs] == [2 * benchmark.TURNS[MODEL]] * 2 * count
+    assert order[0 : 2 * count : 2] == graphs[:count] != order[2 * count : 4 * count : 2]  # other turns, another order
+    assert {graph.pool for graph in graphs} == {"shared"} and gc.isenabled()
     table = benchmark.read_run(tmp_path / f"h100-80gb-frac-_bfloat16_linear_64x96{'_backward' * backward}.csv")
     table = table[table.method != HOST]
     assert [*table.provider.unique()] == [*providers]
+    assert not backward or ((table.peak_mib == 2) & (table.kept_mib == 1)).all()
     nth = table.M.map({3: 1, 17: 2})
     assert (table.ms == nth * table.method.map({CALLS: 1 / 16, MODEL: 1 / 8})).all() and (table.speedup == 1).all()
     # Bytes over a copy's rate for M = 3, FLOPs over a matmul's for M = 17. Backward: as many bytes, twice the FLOPs.
@@ -342,21 +354,36 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, timed_by_rule):
     assert len([*tmp_path.iterdir()]) == 7 and not first.exists()
 
 
-@pytest.mark.parametrize("right", [3, 1 + benchmark.TURNS[CALLS]], ids=["call by call", "in a graph"])
-def test_a_peer_may_fail_at_any_time(right, tmp_path, monkeypatch, timed_by_rule, capsys):
-    calls = []
+IN_TURN = 1 + benchmark.TURNS[CALLS]  # calls of a contender for the first M: one is checked
+FAILING = {  # how many calls of a peer are right before it fails, and options
+    "memory": (1, ["--backward"]),
+    "call by call": (IN_TURN - 1, []),
+    "captured": (IN_TURN + 6, []),  # of six sets of weights each is tuned
+    "another M": (IN_TURN + 6 + 36, []),
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+@pytest.mark.parametrize("status, error", [(0, RuntimeError), (130, KeyboardInterrupt)])
+def test_a_peer_may_fail_at_any_time(failing, status, error, tmp_path, monkeypatch, timed_by_rule, capsys):
+    calls, (right, options) = [], FAILING[failing]
 
     def peer(module):
         calls.append(module)
-        if len(calls) > right:  # the first one is the check's
-            raise RuntimeError("not in a graph")
+        if len(calls) > right:
+            raise error("not here")
         return SimpleNamespace(gemm_swiglu=lambda x, gate, up, *_: (torch_swiglu(x, gate.t(), up.t()),))
 
     monkeypatch.setattr(benchmark, "import_module", peer)
-    assert run_on_gpu(tmp_path, monkeypatch, "--providers", "fused", "flash-swiglu-mlp") == 0
-    assert "flash-swiglu-mlp left out: RuntimeError: not in a graph" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*.csv")
-    assert {*benchmark.read_run(path).provider} == {"torch", "fused"}
+    assert run_on_gpu(tmp_path, monkeypatch, *options, "--providers", "fused", "flash-swiglu-mlp") == status
+    left_out = "flash-swiglu-mlp left out: RuntimeError: not here" in capsys.readouterr().out
+    assert left_out == (error is RuntimeError)
+    if left_out:
+        (path,) = tmp_path.glob("*.csv")
+        by_m = benchmark.read_run(path).groupby("M").provider.unique()
+        assert [*by_m[17]] == ["torch", "fused"] == [*by_m[3][:2]] and len(by_m[3]) == 2 + (failing == "another M")
+    if failing == "captured":
+        assert {graph.pool for graph in torch.cuda.CUDAGraph.made} == {"shared", None}
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, timed_by_rule, capsys):
@@ -393,6 +420,11 @@ def test_a_reader_that_goes_costs_no_figure(tmp_path, monkeypatch, timed_by_rule
         assert run_on_gpu(tmp_path, monkeypatch) == 1  # at the first line: nothing is measured, and nothing raised
 
 
+def test_a_notebooks_output(tmp_path, monkeypatch, timed_by_rule):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # which has no `reconfigure` either
+    assert run_on_gpu(tmp_path, monkeypatch) == 0
+
+
 def test_any_backend_may_be_set():
     code = "import benchmark, pathlib; benchmark.Figure().savefig(pathlib.Path('/dev/null'), format='png')"
     run_python(code, MPLBACKEND="module://matplotlib_inline.backend_inline")
@@ -404,9 +436,9 @@ def test_showing_it_again(passes, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(benchmark, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
     backward = passes == "backward"
-    *others, slow = benchmark.EVERY_PROVIDER  # all others end at the top
+    *others, slow = benchmark.EVERY_PROVIDER  # all others end at the top. The last one is a peer, which may fail
     rows = a_run(1, 16, 64, providers=others)
-    rows += [row | {"speedup": 0.4, "share_of_limit": 0.3} for row in a_run(1, 16, 64, providers=[slow])]
+    rows += [row | {"speedup": 0.4, "share_of_limit": 0.3} for row in a_run(1, 16, providers=[slow])]  # no 64
     rows = [row | {"peak_mib": 8.0 + (row["provider"] != slow), "kept_mib": 4.0} for row in rows] if backward else rows
     benchmark.write_csv(rows, tmp_path / "run.csv")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--plot", str(tmp_path / "run.csv")])
@@ -418,6 +450,6 @@ def test_showing_it_again(passes, tmp_path, monkeypatch, capsys):
     figure.draw_without_rendering()  # at its own resolution, not the file's
     assert f"fused, {MODEL}" in {text.get_text() for text in figure.axes[0].texts}
     for axis in figure.axes:
-        assert {*benchmark.EVERY_PROVIDER} <= {text.get_text() for text in axis.texts}
+        assert {*benchmark.EVERY_PROVIDER} <= {text.get_text() for text in axis.texts if math.isfinite(text.xy[1])}
         boxes = [text.get_window_extent() for text in (*axis.texts, axis.title)]
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
