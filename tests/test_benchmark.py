@@ -281,7 +281,8 @@ def timed_by_rule(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: r"NVIDIA H100 80GB $\frac$")
-    return failures
+    yield failures
+    gc.enable()  # where a capture has failed
 
 
 def run_on_gpu(tmp_path, monkeypatch, *options):
