@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import baseline_torch_swiglu as baseline
 import benchmark
-from baseline_torch_swiglu import (
-    ROUNDING,
-    check,
-    differentiated,
-    make_inputs,
-    reference,
-    relative_error,
-    relative_errors,
-    torch_swiglu,
-)
+from baseline_torch_swiglu import ROUNDING, make_inputs, reference, relative_error, torch_swiglu
 from fused_triton_swiglu import fused_swiglu
 
 HERE = Path(__file__).parent.parent  # the repository
@@ -42,6 +34,15 @@ def leaves_of(M, K, N, dtype=torch.float32, layout="linear"):
     return [t.requires_grad_() for t in make_inputs(M, K, N, dtype, layout, DEVICE)]
 
 
+def leaves_and_dy(M, K, N, dtype=torch.float32, layout="linear"):
+    return leaves_of(M, K, N, dtype, layout), baseline.make_dy(M, N, dtype, DEVICE)
+
+
+def assert_close(results, expected, limit=ROUNDING[torch.float32]):
+    for result, right in zip(results, expected, strict=True):
+        assert relative_error(result, right.double()) <= limit
+
+
 def saved_by(run):
     """What autograd keeps for the backward pass of `run()`."""
     saved = []
@@ -57,7 +58,7 @@ def assert_right(x, w_gate, w_up, run=untuned):
     """
     expected = reference(x, w_gate, w_up)
     results = []
-    correct, (error,) = check(lambda: results.append(run(x, w_gate, w_up)) or results[-1], expected, x.dtype)
+    correct, (error,) = baseline.check(lambda: results.append(run(x, w_gate, w_up)) or results[-1], expected, x.dtype)
     assert correct
     assert error <= max(relative_error(torch_swiglu(x, w_gate, w_up), expected), ROUNDING[x.dtype])
     assert results[-1].shape == (*x.shape[:-1], w_gate.shape[1])
@@ -67,9 +68,9 @@ def assert_right(x, w_gate, w_up, run=untuned):
 def assert_gradients_right(leaves, dy, run=untuned):
     """Result and gradients as the benchmark wants them, next to eager PyTorch's errors."""
     expected = reference(*leaves, dy)
-    eager_errors = relative_errors(differentiated(lambda t: torch_swiglu(*t), dy)(leaves), expected)
-    both_passes = differentiated(lambda t: run(*t), dy)
-    correct, errors = check(lambda: both_passes(leaves), expected, leaves[0].dtype, eager_errors)
+    eager, both_passes = (baseline.differentiated(lambda t, f=f: f(*t), dy) for f in (torch_swiglu, run))
+    eager_errors = baseline.relative_errors(eager(leaves), expected)
+    correct, errors = baseline.check(lambda: both_passes(leaves), expected, leaves[0].dtype, eager_errors)
     assert correct, (errors, eager_errors)
 
 

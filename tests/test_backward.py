@@ -1,5 +1,6 @@
 """The backward pass: gradients right by themselves, and with whatever else autograd does to them."""
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -9,19 +10,11 @@ import torch
 import torch.utils.checkpoint
 
 import benchmark
+import common
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import (
-    ROUNDING,
-    gradient_limit,
-    make_dy,
-    make_inputs,
-    nan_in_new_memory,
-    reference,
-    relative_error,
-    torch_swiglu,
-)
+from baseline_torch_swiglu import ROUNDING, gradient_limit, make_inputs, nan_in_new_memory, reference, torch_swiglu
 from benchmark import LAYOUTS
-from common import DEVICE, DTYPES, GPU, assert_gradients_right, leaves_of, needs_gpu, randn, saved_by, untuned
+from common import DEVICE, DTYPES, GPU, assert_close, assert_gradients_right, leaves_and_dy, needs_gpu, randn, untuned
 from fused_triton_swiglu import fused_swiglu
 from test_forward import LEADING, K, N
 
@@ -37,11 +30,9 @@ SIZES += [(1, 1024, 4096), (300, 1096, 4104), (517, 1031, 2063), (4100, 1024, 20
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M, K, N", SIZES)
 def test_gradients(M, K, N, dtype, layout, recompute):
-    x, w_gate, w_up = make_inputs(M, K, N, dtype, "row-major" if layout == "row-major" else "linear", DEVICE)
-    leaves = x, w_gate, w_up.contiguous() if layout == "unlike" else w_up
-    for t in leaves:
-        t.requires_grad_()
-    dy = make_dy(M, N, dtype, DEVICE)
+    leaves, dy = leaves_and_dy(M, K, N, dtype, "row-major" if layout == "row-major" else "linear")
+    if layout == "unlike":
+        leaves[2] = leaves[2].detach().contiguous().requires_grad_()
     assert_gradients_right(leaves, dy, functools.partial(untuned, recompute=recompute))
     if layout != "unlike":  # nn.Linear takes them over as they are
         gradients = torch.autograd.grad(untuned(*leaves, recompute=recompute), leaves, dy)
@@ -64,7 +55,9 @@ def test_leading_dimensions(name, recompute):
 def test_empty(M, K, N, dtype, recompute):
     inputs = [randn(*shape, dtype=dtype).requires_grad_() for shape in ((2, M, K), (K, N), (K, N))]
     with nan_in_new_memory():
-        fused_swiglu(*inputs, recompute=recompute).sum().backward()
+        y = fused_swiglu(*inputs, recompute=recompute)
+        y.sum().backward()
+    assert torch.equal(y, torch.zeros(2, M, N, dtype=dtype, device=DEVICE))
     assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in inputs)
 
 
@@ -90,13 +83,12 @@ def test_special_values(dtype, recompute):
 class CountCalls(torch.utils._python_dispatch.TorchDispatchMode):
     """How often each PyTorch operator runs."""
 
-    def __enter__(self):
-        self.calls = {}
-        return super().__enter__()
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        self.calls[name] = self.calls.get(name, 0) + 1
+        self.calls[function.overloadpacket.__name__] += 1
         return function(*args, **kwargs or {})
 
 
@@ -108,8 +100,8 @@ def test_only_what_is_needed(needs, layout, recompute):
     inputs = make_inputs(M, K, N, torch.float32, layout, DEVICE)
     x, w_gate, w_up = (t.requires_grad_(need) for t, need in zip(inputs, needs, strict=True))
     leaves = [t for t in (x, w_gate, w_up) if t.requires_grad]
-    dy = make_dy(M, N, torch.float32, DEVICE)
-    saved = saved_by(lambda: fused_swiglu(*inputs, recompute=recompute))
+    dy = randn(M, N)
+    saved = common.saved_by(lambda: fused_swiglu(*inputs, recompute=recompute))
     assert sum(t.shape == (M, 2 * N) for t in saved) == (not recompute)
     assert any(t is x for t in saved) == (recompute or needs[1] or needs[2])  # frozen weights: x is not kept
     assert any(t is w_gate for t in saved) == any(t is w_up for t in saved) == (recompute or needs[0])
@@ -118,11 +110,10 @@ def test_only_what_is_needed(needs, layout, recompute):
         y = fused_swiglu(*inputs, recompute=recompute)
         with mode as count:
             gradients = torch.autograd.grad(y, leaves, dy)
-        for gradient, right in zip(gradients, expected, strict=True):
-            assert relative_error(gradient, right) <= ROUNDING[torch.float32]
+        assert_close(gradients, expected)
     weights = 1 if layout == "linear" and needs[1] and needs[2] else needs[1] + needs[2]
     assert count.calls["mm"] == needs[0] + weights
-    assert count.calls.get("addmm", 0) == needs[0] and count.calls.get("swiglu", 0) == recompute
+    assert count.calls["addmm"] == needs[0] and count.calls["swiglu"] == recompute
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
@@ -147,17 +138,17 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
 @pytest.mark.parametrize("retain_graph", [False, True])
 def test_gate_and_up_make_room_for_their_gradients(retain_graph):
     """Unless they are needed again; and autograd is told."""
-    leaves = leaves_of(20, K, N, torch.float16)
+    leaves, dy = leaves_and_dy(20, K, N, torch.float16)
     y = fused_swiglu(*leaves)
     kept = y.grad_fn.saved_tensors[-1]
     before, version = kept.clone(), kept._version
-    y.backward(make_dy(20, N, torch.float16, DEVICE), retain_graph=retain_graph)
+    y.backward(dy, retain_graph=retain_graph)
     assert torch.equal(kept, before) == (kept._version == version) == retain_graph
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_twice(dtype):
-    leaves, dy = leaves_of(20, K, N, dtype), make_dy(20, N, dtype, DEVICE)
+    leaves, dy = leaves_and_dy(20, K, N, dtype)
     y = fused_swiglu(*leaves)
     passes = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in range(2)]
     passes.append(torch.autograd.grad(y, leaves, dy))
@@ -167,33 +158,24 @@ def test_backward_twice(dtype):
         torch.autograd.grad(y, leaves, dy)
 
 
-HOOKS = {
-    "identity": (lambda t: t, lambda t: t),
-    "copy": (lambda t: t.clone(), lambda t: t),
-    "other strides": (lambda t: t, lambda t: t.t().contiguous().t()),
-}
-
-
 @both_ways
-@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("unpack", [lambda t: t, lambda t: t.t().contiguous().t()], ids=["same", "other strides"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_saved_tensor_hooks(dtype, hooks, recompute):
-    leaves, dy, packed = leaves_of(20, K, N, dtype), make_dy(20, N, dtype, DEVICE), []
-    pack, unpack = HOOKS[hooks]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(pack(t)) or packed[-1], unpack):
+def test_saved_tensor_hooks(dtype, unpack, recompute):
+    (leaves, dy), packed = leaves_and_dy(20, K, N, dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, unpack):
         y = fused_swiglu(*leaves, recompute=recompute)
     before = [t.clone() for t in packed]
     gradients = torch.autograd.grad(y, leaves, dy)
     assert all(map(torch.equal, packed, before))  # the hook may still hold what it gave back
-    for gradient, right in zip(gradients, reference(*leaves, dy)[1:], strict=True):
-        assert relative_error(gradient, right) <= gradient_limit(dtype, 0)
+    assert_close(gradients, reference(*leaves, dy)[1:], gradient_limit(dtype, 0))
 
 
 @both_ways
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_checkpointing(dtype, reentrant, recompute):
-    leaves, dy = leaves_of(20, K, N, dtype), make_dy(20, N, dtype, DEVICE)
+    leaves, dy = leaves_and_dy(20, K, N, dtype)
     run = functools.partial(untuned, recompute=recompute)
     torch.utils.checkpoint.checkpoint(run, *leaves, use_reentrant=reentrant).backward(dy)
     for t, expected in zip(leaves, torch.autograd.grad(run(*leaves), leaves, dy), strict=True):
@@ -212,7 +194,7 @@ def test_second_derivatives_are_refused(needs, recompute):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_autocast(dtype):
     """As F.linear: operands cast to autocast's dtype, gradients in the dtype of their tensors."""
-    leaves, dy = leaves_of(20, K, N), make_dy(20, N, dtype, DEVICE)
+    leaves, dy = common.leaves_of(20, K, N), randn(20, N, dtype=dtype)
     mixed = [leaves[0].detach().bfloat16(), leaves[1].detach(), leaves[2].detach().half()]
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     unlike = [t.detach().to(other).requires_grad_() for t in leaves]
@@ -229,11 +211,10 @@ def test_autocast(dtype):
         unlike_inside = torch.autograd.grad(y_unlike, unlike, dy.to(other), retain_graph=True)
     assert all(map(torch.equal, unlike_inside, torch.autograd.grad(y_unlike, unlike, dy.to(other))))
     expected = reference(*(t.detach().to(dtype) for t in leaves), dy)
-    assert relative_error(y, expected[0]) <= ROUNDING[dtype]
+    assert_close([y], expected[:1], ROUNDING[dtype])
     outside = torch.autograd.grad(y, leaves, dy)
-    for a, b, right, t in zip(inside, outside, expected[1:], leaves, strict=True):
-        assert a.dtype == t.dtype == torch.float32 and torch.equal(a, b)
-        assert relative_error(a, right) <= gradient_limit(dtype, 0)
+    assert all(map(torch.equal, inside, outside)) and {t.dtype for t in inside} == {torch.float32}
+    assert_close(inside, expected[1:], gradient_limit(dtype, 0))
 
 
 # ---- Memory, on a GPU ----
@@ -244,7 +225,7 @@ def test_autocast(dtype):
 def test_memory(layout):
     """Kept: two thirds of eager PyTorch's, or nothing. One (M, 2N) buffer serves gate, up and their gradients."""
     M, K, N = 8192, 256, 2048
-    leaves, dy = leaves_of(M, K, N, torch.bfloat16, layout), make_dy(M, N, torch.bfloat16, DEVICE)
+    leaves, dy = leaves_and_dy(M, K, N, torch.bfloat16, layout)
     gate_up = 2 * M * N * 2 / 2**20
     peak, kept = {}, {}
     recomputing = functools.partial(fused_swiglu, recompute=True)
