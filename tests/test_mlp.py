@@ -3,8 +3,6 @@
 import copy
 import functools
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from baseline_torch_swiglu import ROUNDING, gradient_limit, relative_error, torch_swiglu
-from common import DEVICE, DTYPES, GPU, HERE, randn, saved_by
+from common import DEVICE, GPU, HERE, assert_close, randn, run_python, saved_by
 from swiglu_mlp import SwiGLUMLP, replace_mlps
 
 
@@ -34,28 +32,19 @@ def test_mlp_is_its_formula(recompute):
     gate, up, down = (p.detach().double().t() for p in mlp.parameters())
     assert relative_error(mlp(x), torch_swiglu(x.double(), gate, up) @ down) <= ROUNDING[torch.float32]
     assert any(t.shape == (6, 48) for t in saved_by(lambda: mlp(x))) != recompute
+    half = SwiGLUMLP(4, 4, dtype=torch.float16)
+    assert half.load_state_dict(llama_mlp().state_dict()) == ([], []) and half.down_proj.weight.dtype == torch.float16
 
 
 TOKENS = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
-def hugging_face(name="Llama"):
+def hugging_face(name):
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     torch.manual_seed(0)
     config = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
     config |= dict(num_key_value_heads=2, vocab_size=128, max_position_embeddings=64, pad_token_id=0, eos_token_id=0)
     return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config)).to(DEVICE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mlp_against_transformers(dtype):
-    theirs = hugging_face().model.layers[0].mlp.to(dtype)
-    ours = SwiGLUMLP(64, 176, device=DEVICE, dtype=dtype)
-    assert ours.load_state_dict(theirs.state_dict()) == ([], [])
-    x, dy = randn(2, 10, 64, dtype=dtype), randn(2, 10, 64, dtype=dtype)
-    expected = both_passes(copy.deepcopy(theirs).double(), x.double(), dy.double())
-    for t, their_t, right in zip(both_passes(ours, x, dy), both_passes(theirs, x, dy), expected, strict=True):
-        assert relative_error(t, right) <= gradient_limit(dtype, relative_error(their_t, right))
 
 
 def losses(model):
@@ -91,8 +80,7 @@ def test_halves_of_gate_up_proj():
     expected = both_passes(copy.deepcopy(model.mlp).double(), x.double(), dy.double())
     mlp = replace_mlps(model).mlp
     for run in (mlp, torch.compile(mlp, fullgraph=True, backend="inductor" if GPU else "aot_eager")):
-        for t, right in zip(both_passes(run, x, dy), expected, strict=True):
-            assert relative_error(t, right) <= gradient_limit(torch.float32, 0)
+        assert_close(both_passes(run, x, dy), expected, gradient_limit(torch.float32, 0))
     saved, start = {t.data_ptr() for t in saved_by(lambda: mlp(x.requires_grad_()))}, mlp.gate_up_proj.weight.data_ptr()
     assert saved >= {start, start + 176 * 64 * 4}
 
@@ -117,24 +105,6 @@ class MLP(torch.nn.Module):
 
 llama_mlp = functools.partial(MLP, "gate_proj", "up_proj", "down_proj")
 phi3_mlp = functools.partial(MLP, "gate_up_proj", "down_proj")
-BIASED, GELU = torch.nn.Linear(4, 4), torch.nn.GELU()
-REFUSED = [
-    (llama_mlp(up_proj=BIASED), "1.mlp.up_proj is Linear(in_features=4, out_features=4, bias=True)"),
-    (llama_mlp(gate_proj=GELU), "1.mlp.gate_proj is GELU(approximate='none'): expected an nn.Linear without bias"),
-    (llama_mlp(act=GELU), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
-    (phi3_mlp(act=GELU), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
-    (phi3_mlp(up_first=True), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
-    (phi3_mlp(limit=7), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
-    (llama_mlp(limit=7), "1.mlp (MLP) computes another formula than down_proj(silu(gate) * up)"),
-]
-
-
-@pytest.mark.parametrize("wrong, message", REFUSED)
-def test_replace_mlps_refuses(wrong, message):
-    model = torch.nn.Sequential(torch.nn.ModuleDict({"mlp": llama_mlp()}), torch.nn.ModuleDict({"mlp": wrong}))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        replace_mlps(model)
-    assert type(model[0].mlp) is MLP
 
 
 def test_replace_mlps_finds_layers_only():
@@ -155,8 +125,7 @@ def test_files_work_when_copied_alone(tmp_path):
 sys.modules["torch.distributed.tensor"] = None  # an import of it fails
 from swiglu_mlp import SwiGLUMLP
 print(SwiGLUMLP(5, 7, device="{DEVICE}")(torch.ones(3, 5, device="{DEVICE}")).shape)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.stdout == "torch.Size([3, 5])\n", done.stderr
+    assert run_python(code, tmp_path) == "torch.Size([3, 5])\n"
     imported = re.findall(r"^ *(?:import|from) (\w+)", (HERE / "swiglu_mlp.py").read_text(), re.MULTILINE)
     assert set(imported) == {"torch", "fused_triton_swiglu", "swiglu_mlp"}  # the last in its docstring
 

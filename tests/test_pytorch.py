@@ -6,17 +6,9 @@ import pytest
 import torch
 
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import (
-    ROUNDING,
-    differentiated,
-    gradient_limit,
-    make_dy,
-    make_inputs,
-    reference,
-    relative_error,
-)
+from baseline_torch_swiglu import ROUNDING, differentiated, gradient_limit, reference
 from benchmark import LAYOUTS
-from common import DEVICE, GPU, HERE, leaves_of, needs_gpu, randn
+from common import DEVICE, GPU, HERE, assert_close, leaves_and_dy, leaves_of, needs_gpu, randn
 from fused_triton_swiglu import fused_swiglu
 from test_backward import CountCalls, both_ways
 
@@ -48,28 +40,26 @@ def test_compile(dynamic, frames, layout, recompute):
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=count)
     for M in (5, 9, 130):
-        leaves, dy = leaves_of(M, 16, 24, layout=layout), make_dy(M, 24, torch.float32, DEVICE)
+        leaves, dy = leaves_and_dy(M, 16, 24, layout=layout)
         results = differentiated(lambda t: compiled(*t), dy)(leaves)
         expected = differentiated(lambda t: layer(*t), dy)(leaves)
-        for a, b in zip(results, expected, strict=True):
-            assert relative_error(a, b.double()) <= ROUNDING[torch.float32] and a.stride() == b.stride()
+        assert_close(results, expected)
+        assert [t.stride() for t in results] == [t.stride() for t in expected]
     assert count.frame_count == frames
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("run", ["inference", "autocast"])
-def test_compile_without_gradients_and_under_autocast(run, dtype):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile_without_gradients_and_under_autocast(autocast):
     torch._dynamo.reset()
-    leaves = leaves_of(5, 16, 24, torch.float32 if run == "autocast" else dtype)
+    leaves, dy = leaves_of(5, 16, 24), randn(5, 24, dtype=torch.bfloat16)
     compiled = torch.compile(fused_swiglu, fullgraph=True, backend=BACKEND)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=run == "autocast"), torch.set_grad_enabled(run == "autocast"):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), torch.set_grad_enabled(autocast):
         y, expected = compiled(*leaves), fused_swiglu(*leaves)
     assert torch.equal(y, expected)
-    if run == "autocast":
-        dy = make_dy(5, 24, torch.bfloat16, DEVICE)
+    if autocast:
         gradients, right = (torch.autograd.grad(t, leaves, dy) for t in (y, expected))
-        for a, b in zip(gradients, right, strict=True):
-            assert a.dtype == torch.float32 and relative_error(a, b.double()) <= 2 * ROUNDING[torch.bfloat16]
+        assert_close(gradients, right, 2 * ROUNDING[torch.bfloat16])
+        assert {t.dtype for t in gradients} == {torch.float32}
 
 
 @both_ways
@@ -114,8 +104,8 @@ def test_export(strict):
 
 
 def test_transforms_are_refused():
-    x, w_gate, w_up = make_inputs(6, 16, 24, torch.float32, "linear", DEVICE)
-    for t in (x, x.clone().requires_grad_()):
+    leaf, w_gate, w_up = leaves_of(6, 16, 24)
+    for t in (x := leaf.detach(), leaf):
         with pytest.raises(NotImplementedError, match="x takes any number of leading dimensions without it"):
             torch.vmap(fused_swiglu, (0, None, None))(t, w_gate, w_up)
     with pytest.raises(RuntimeError, match="functorch transforms"):
@@ -142,7 +132,7 @@ class Wrapper(torch.Tensor):
 
 def test_modes_and_subclasses_see_the_operator():
     """What counts, traces or fakes operators must not be passed by, in neither pass."""
-    leaves = leaves_of(6, 16, 24)
+    leaves, dy = leaves_and_dy(6, 16, 24)
     with CountCalls() as count:
         y = fused_swiglu(*leaves)
     assert count.calls == {"swiglu": 1}
@@ -152,13 +142,11 @@ def test_modes_and_subclasses_see_the_operator():
         assert torch.equal(wrapped, y) and wrapper.seen == ["swiglu"]
         wrapped.sum().backward()  # whose gradient is no wrapper
         assert "reshape" in wrapper.seen or "view" in wrapper.seen or "t" in wrapper.seen
-    dy = make_dy(6, 24, torch.float32, DEVICE)
     for keeping in (y, fused_swiglu(*leaves)):  # kept by the operator, and without it
         with CountCalls() as count:
             gradients = torch.autograd.grad(keeping, leaves, dy)
         assert count.calls["sigmoid"] == 1 and count.calls["mm"] == 2
-        for gradient, right in zip(gradients, reference(*leaves, dy)[1:], strict=True):
-            assert relative_error(gradient, right) <= ROUNDING[torch.float32]
+        assert_close(gradients, reference(*leaves, dy)[1:])
 
 
 @both_ways
@@ -181,11 +169,10 @@ def test_reduce_overhead():
     for seed in range(4):
         torch.manual_seed(seed)
         leaves = [randn(300, 328, dtype=torch.bfloat16).requires_grad_(), *weights]
-        dy = make_dy(300, 5768, torch.bfloat16, DEVICE)
+        dy = randn(300, 5768, dtype=torch.bfloat16)
         torch.compiler.cudagraph_mark_step_begin()
         results = [t.clone() for t in differentiated(lambda t: compiled(*t), dy)(leaves)]
-        for result, expected in zip(results, reference(*leaves, dy), strict=True):
-            assert relative_error(result, expected) <= gradient_limit(torch.bfloat16, 0)
+        assert_close(results, reference(*leaves, dy), gradient_limit(torch.bfloat16, 0))
 
 
 @needs_gpu
