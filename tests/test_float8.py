@@ -7,15 +7,8 @@ import pytest
 import torch
 
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import (
-    make_inputs,
-    nan_in_new_memory,
-    quantised,
-    reference,
-    relative_error,
-    torch_swiglu_float8,
-)
-from common import DEVICE, GPU, needs_gpu, untuned
+from baseline_torch_swiglu import make_inputs, nan_in_new_memory, quantised, reference, torch_swiglu_float8
+from common import DEVICE, GPU, assert_close, needs_gpu, untuned
 from fused_triton_swiglu import FLOAT8, fused_swiglu
 
 CAPABLE = not GPU or torch.cuda.get_device_capability() >= (8, 9)
@@ -30,11 +23,8 @@ def operands(M, K, N, recipe="rows"):
     if recipe == "numbers":
         scales = [scale.mean() for scale in scales]
     if recipe == "mixed":
-        scales = [
-            torch.cat([scales[0]] * 2, dim=1)[:, 1:],
-            scales[1].view(-1).repeat_interleave(2)[::2],
-            scales[2].mean(),
-        ]
+        of_x, of_gate, of_up = scales
+        scales = [of_x.repeat(1, 2)[:, 1:], of_gate.view(-1).repeat_interleave(2)[::2], of_up.mean()]
     return inputs, scales
 
 
@@ -52,7 +42,7 @@ def test_right(M, K, N, recipe, out_dtype):
         with nan_in_new_memory():
             y = run()
         assert y.dtype == out_dtype and y.shape == (M, N) and y.is_contiguous()
-        assert relative_error(y, reference(*inputs, scales=scales)) <= LIMITS[out_dtype]
+        assert_close([y], [reference(*inputs, scales=scales)], LIMITS[out_dtype])
     assert torch.equal(y, run(batch_invariant=True)) or GPU
 
 
@@ -67,7 +57,7 @@ def test_leading_dimensions_stacked_halves_and_strides():
         scale = x_scale.view(5, 12, 1).transpose(0, 1) if rows.dim() == 3 else x_scale.view(*rows.shape[:-1], 1)
         right = expected.view(5, 12, 40).transpose(0, 1) if rows.dim() == 3 else expected.view(*rows.shape[:-1], 40)
         y = untuned(rows, w_gate, w_up, scales=(scale, *of_weights))
-        assert relative_error(y, right) <= LIMITS[torch.bfloat16]
+        assert_close([y], [right], LIMITS[torch.bfloat16])
 
 
 def test_without_scales_and_empty():
@@ -75,7 +65,7 @@ def test_without_scales_and_empty():
     inputs = [(t.float() / 64).to(FLOAT8) for t in inputs]
     inputs[1:] = [w.t().contiguous().t() for w in inputs[1:]]
     ones = [torch.ones((), device=DEVICE)] * 3
-    assert relative_error(untuned(*inputs), reference(*inputs, scales=ones)) <= LIMITS[torch.bfloat16]
+    assert_close([untuned(*inputs)], [reference(*inputs, scales=ones)], LIMITS[torch.bfloat16])
     for M, K, N in ((0, 8, 4), (3, 8, 0), (3, 0, 4)):
         x, w_gate, w_up = (torch.empty(rows, K, device=DEVICE).to(FLOAT8) for rows in (M, N, N))
         y = fused_swiglu(x, w_gate.t(), w_up.t(), scales=ones)
@@ -90,8 +80,8 @@ def test_errors_of_sums_with_few_bits(recipe, M):
     for K, N, limit in ((4096, 2048, 3.3e-3), (14336, 1024, 6e-3)):
         inputs, scales = operands(M, K, N, recipe)
         expected, y = reference(*inputs, scales=scales), fused_swiglu(*inputs, scales=scales)
-        assert relative_error(y, expected) <= limit
-        assert relative_error(torch_swiglu_float8(*inputs, *scales), expected) <= limit + 1.2e-3  # rounds four times
+        assert_close([y], [expected], limit)
+        assert_close([torch_swiglu_float8(*inputs, *scales)], [expected], limit + 1.2e-3)  # rounds four times
         assert all(torch.equal(fused_swiglu(*inputs, scales=scales), y) for _ in range(20))
 
 
@@ -134,20 +124,10 @@ REFUSED = [
     (dict(w_gate=G.contiguous()), ValueError, "w_gate, w_up have strides (6, 1), (1, 8): expected 1 along K in float8"),
     (dict(w_up=U.contiguous()), ValueError, "w_gate, w_up have strides (1, 8), (6, 1): expected 1 along K in float8"),
     (dict(scales=(XS, GS, US.clone().requires_grad_())), NotImplementedError, "has no gradient in float8"),
-    (
-        dict(scales=(XS, GS.clone().requires_grad_(), US)),
-        NotImplementedError,
-        "no gradient in float8: call it under torch",
-    ),
-    (
-        dict(w_up=U.clone().requires_grad_()),
-        NotImplementedError,
-        "no gradient in float8: call it under torch.no_grad()",
-    ),
+    (dict(w_up=U.clone().requires_grad_()), NotImplementedError, "has no gradient in float8: call it under torch"),
     (dict(x=X.clone().requires_grad_()), NotImplementedError, "has no gradient in float8: call it under torch.no_grad"),
     (dict(x=X.float(), w_gate=G.float(), w_up=U.float(), scales=(XS, GS, US)), ValueError, "but x is torch.float32"),
     (dict(x=X.half(), w_gate=G.half(), w_up=U.half(), out_dtype=torch.float32), ValueError, "but x is torch.float16"),
-    (dict(x=X.to(torch.float8_e5m2)), TypeError, "x is torch.float8_e5m2: expected one of "),
 ]
 
 
@@ -179,7 +159,7 @@ def test_scales_as_they_come():
     for x, x_scale in calls:
         y = untuned(x, G, U, scales=(x_scale, GS, US))
         assert y.shape == (*x.shape[:-1], 6)
-        assert relative_error(y, reference(x, G, U, scales=(x_scale, GS, US))) <= LIMITS[torch.bfloat16]
+        assert_close([y], [reference(x, G, U, scales=(x_scale, GS, US))], LIMITS[torch.bfloat16])
 
 
 def test_the_launch_key_tells_scales_apart():

@@ -27,23 +27,17 @@ K, N = 80, 144  # multiples of 16, so that descriptors apply where the strides a
 
 @pytest.mark.parametrize("M", [1, 40, 130])
 @pytest.mark.parametrize("up_first", [False, True])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "interleaved"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "interleaved", "twice", "unlike"])
 def test_halves_of_one_weight(layout, up_first, M):
     stacked = randn(2 * N, K, dtype=torch.float16, scale=K**-0.5)
     halves = {
         "linear": stacked.t().chunk(2, dim=1),
         "row-major": stacked.t().contiguous().chunk(2, dim=1),
         "interleaved": (stacked[::2].t(), stacked[1::2].t()),
+        "twice": (stacked[:N].t(), stacked[:N].t()),
+        "unlike": (stacked[:N].t(), stacked[N:].t().contiguous()),
     }[layout]
     assert_right(randn(M, K, dtype=torch.float16), *(reversed(halves) if up_first else halves))
-
-
-@pytest.mark.parametrize("M", [3, 130])
-def test_same_weight_twice_and_unlike_layouts(M):
-    x, linear, _ = make_inputs(M, K, N, torch.float16, "linear", DEVICE)
-    assert_right(x, linear, linear)
-    assert_right(x, linear, linear.contiguous())
-    assert_right(x, linear.contiguous(), linear)
 
 
 @pytest.mark.parametrize("unaligned", [(0,), (1,), (2,), (1, 2)])
@@ -108,12 +102,9 @@ HERE = torch.zeros(1, device=DEVICE).device
 BAD_INPUT = [
     ((A.tolist(), B, B), TypeError, "x is a list: expected a torch.Tensor"),
     ((A.int(), B, B), TypeError, "x is torch.int32: expected one of (torch.bfloat16, torch.float16, torch.float32,"),
-    ((A.double(), B, B), TypeError, "x is torch.float64: expected"),
-    ((A, B.half(), B), ValueError, "w_gate is torch.float16 on "),
     ((A, B, B.half()), ValueError, f"w_up is torch.float16 on {HERE}: expected torch.float32 on {HERE}"),
     ((A[0, 0], B, B), ValueError, "w_gate is (8, 6) and x is (): expected (K, N) and (..., K)"),
     ((A, B[0], B), ValueError, "w_gate is (6,) and x is (4, 8): expected (K, N) and (..., K)"),
-    ((A, B, B[None]), ValueError, "w_up is (1, 8, 6), but w_gate is (8, 6): both must be (K, N)"),
     ((A, B, B[:, :5]), ValueError, "w_up is (8, 5), but w_gate is (8, 6): both must be (K, N)"),
     ((A, B.t(), B.t()), ValueError, "w_gate is (6, 8) and x is (4, 8): expected (K, N) and (..., K)"),
     ((A, B.to("meta"), B), ValueError, "w_gate is torch.float32 on meta: expected torch.float32 on "),

@@ -13,16 +13,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import common
 import fused_triton_swiglu as fts
-from baseline_torch_swiglu import (
-    ROUNDING,
-    differentiated,
-    make_dy,
-    make_inputs,
-    reference,
-    relative_error,
-    relative_errors,
-    torch_swiglu,
-)
+from baseline_torch_swiglu import ROUNDING, differentiated, make_inputs, reference, relative_error, torch_swiglu
 from benchmark import LAYOUTS
 from common import DEVICE, DTYPES, GPU, HERE, assert_gradients_right, assert_right, needs_gpu, run_python, untuned
 from fused_triton_swiglu import fused_swiglu
@@ -107,7 +98,7 @@ def test_threads_and_streams(fresh):
     def work(seed):
         with torch.cuda.stream(torch.cuda.Stream()):
             for M, N in (shapes[seed % 6 :] + shapes[: seed % 6]) * 5:
-                leaves, dy = common.leaves_of(M, 328, N, BF16), make_dy(M, N, BF16, DEVICE)
+                leaves, dy = common.leaves_and_dy(M, 328, N, BF16)
                 assert_gradients_right(leaves, dy, run=fused_swiglu)
 
     with ThreadPoolExecutor(8) as pool:
@@ -120,7 +111,7 @@ def test_a_second_call_launches_the_same_kernel(N, fresh):
     """What a launch depends on and could be forgotten: alignment, the order of the weights, the precision."""
     M, K = 130, 264
     x, w_gate, w_up = make_inputs(M, K, N, BF16, "linear", DEVICE)
-    dy = make_dy(M, N, BF16, DEVICE)
+    dy = common.randn(M, N, dtype=BF16)
     unaligned_x, unaligned_dy = (t.new_empty(t.numel() + 1)[1:].view_as(t).copy_(t) for t in (x, dy))
     for _ in range(2):
         for gate, up in ((w_gate, w_up), (w_up, w_gate), (w_gate, w_gate), (w_gate, w_up.contiguous())):
@@ -138,8 +129,9 @@ def test_a_second_call_launches_the_same_kernel(N, fresh):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("M, N", [(3, 520), (200, 520), (200, 5640)])
 def test_runs_on_the_device_of_its_inputs(M, N):
-    leaves = [t.detach().to("cuda:1").requires_grad_() for t in common.leaves_of(M, 328, N, BF16)]
-    assert_gradients_right(leaves, make_dy(M, N, BF16, "cuda:1"), run=fused_swiglu)
+    leaves, dy = common.leaves_and_dy(M, 328, N, BF16)
+    leaves = [t.detach().to("cuda:1").requires_grad_() for t in leaves]
+    assert_gradients_right(leaves, dy.to("cuda:1"), run=fused_swiglu)
     assert fused_swiglu(*leaves).device == leaves[0].device
 
 
@@ -172,7 +164,7 @@ def test_tuning_times_the_gpu_alone():
 @pytest.mark.parametrize("M, N", [(1, 521), (300, 820), (300, 5768)])
 def test_graph_capture(M, N, layout, timed):
     """It never tunes, a later call does; and the graph goes on giving what it gave."""
-    leaves, dy = common.leaves_of(M, 328, N, BF16, layout), make_dy(M, N, BF16, DEVICE)
+    leaves, dy = common.leaves_and_dy(M, 328, N, BF16, layout)
     both_passes = differentiated(lambda t: fused_swiglu(*t), dy)
     differentiated(lambda t: torch_swiglu(*t), dy)(leaves)  # cuBLAS starts, in autograd's thread too
     graph = torch.cuda.CUDAGraph()
@@ -180,7 +172,7 @@ def test_graph_capture(M, N, layout, timed):
         results = both_passes(leaves)
     graph.replay()
     first = [t.clone() for t in results]
-    assert max(relative_errors(first, reference(*leaves, dy))) <= 2 * ROUNDING[BF16]
+    common.assert_close(first, reference(*leaves, dy), 2 * ROUNDING[BF16])
     assert not timed
     both_passes(leaves)
     assert bool(timed) != (common.HOPPER and (M, N) == (300, 5768))  # where there is nothing to tune
@@ -302,7 +294,7 @@ def test_gluon_fails(monkeypatch, hopper):
     """The kernel for Hopper steps back, with a warning, and is not tried again."""
     calls = watch(monkeypatch, fts, "_launch_hopper", [CompilationError("", None, "mbarrier has moved")])
     with pytest.warns(UserWarning, match="goes on without its kernel for Hopper, .*mbarrier has moved"):
-        assert_gradients_right(common.leaves_of(*FEW[:4]), make_dy(20, 136, FP16, DEVICE))
+        assert_gradients_right(*common.leaves_and_dy(*FEW[:4]))
     assert_right(*make_inputs(21, *FEW[1:]))
     assert len(calls) == 1 and fts.gluon is None
 
@@ -324,13 +316,13 @@ def test_a_cache_folder_of_no_use(error, kernel, monkeypatch, fresh):
     """One error, which names the folder, from either pass; and nothing is kept."""
     if kernel == "swiglu_backward_kernel" and not GPU and fts.triton.__version__.startswith("3.5."):
         pytest.skip("the interpreter of Triton 3.5 launches by another way")
-    leaves = common.leaves_of(*FEW[:4])
+    leaves, dy = common.leaves_and_dy(*FEW[:4])
     with monkeypatch.context() as patch, pytest.raises(RuntimeError) as raised:
         launches = watch(patch, getattr(fts, kernel), "run", [error])
         untuned(*leaves).sum().backward()
     assert f"cache folder {fresh} (TRITON_CACHE_DIR)" in str(raised.value) and str(error) in str(raised.value)
     assert len(launches) == 1
-    assert_gradients_right(leaves, make_dy(20, 136, FP16, DEVICE))
+    assert_gradients_right(leaves, dy)
 
 
 @needs_gpu
