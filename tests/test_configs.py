@@ -48,15 +48,6 @@ SIZES = ["small", pytest.param("large", marks=needs_gpu)]
 # ---- Which may be chosen ----
 
 
-def config_id(value):
-    if isinstance(value, str):
-        return value
-    marks = [name for name in ("PERSISTENT", "FLATTEN", "SWAP_AB") if value.kwargs[name]]
-    marks += [f"TMA-{value.kwargs['TMA']}"] if value.kwargs["TMA"] else []
-    tile = "x".join(str(value.kwargs[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return " ".join([tile, f"{value.num_warps}w", f"{value.num_stages}s", *marks])
-
-
 def operands_of(device):
     """Each kind of numbers on a device, with each answer that tma_operands may give."""
     kinds = [kind for kind in fts.CONFIGS if kind != "8-bit" or not 0 < device.arch < 89]
@@ -141,7 +132,7 @@ def precision():
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind, config", EVERY_CONFIG, ids=config_id)
+@pytest.mark.parametrize("kind, config", EVERY_CONFIG, ids=str)
 def test_every_configuration(kind, config, layout, size, precision, monkeypatch):
     """One tile, ragged edges, many waves."""
     device = fts.device_limits(0 if GPU else None)
