@@ -149,18 +149,6 @@ def test_modes_and_subclasses_see_the_operator():
         assert_close(gradients, reference(*leaves, dy)[1:])
 
 
-@both_ways
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fake_tensors_have_the_layout_of_real_ones(layout, recompute):
-    real = leaves_of(6, 16, 24, layout=layout)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t) for t in real]
-        y = fused_swiglu(*fake, recompute=recompute)
-        gradients = torch.autograd.grad(y, fake, torch.ones_like(y))
-        assert type(y) is torch._subclasses.FakeTensor and y.is_contiguous() and y.shape == (6, 24)
-        assert [t.stride() for t in gradients] == [t.stride() for t in real]
-
-
 @needs_gpu
 def test_reduce_overhead():
     torch._dynamo.reset()
