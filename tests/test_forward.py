@@ -50,25 +50,6 @@ def test_two_bytes_off(unaligned):
     assert_right(*inputs)
 
 
-LEADING = {
-    "vector": lambda x: x[0, 0, 0],
-    "batch of 1 and one row": lambda x: x[:1, :1, 0],
-    "four": lambda x: x,
-    "transposed": lambda x: x[0].transpose(0, 1),
-    "sliced": lambda x: x[0, :, 1:3],
-    "every other column": lambda x: x[0, ..., ::2],
-    "expanded": lambda x: x[0, :1].expand(5, -1, -1),
-    "K first": lambda x: x[0, 0].t().contiguous().t(),
-}
-
-
-@pytest.mark.parametrize("name", LEADING)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_leading_dimensions(name, layout):
-    x = LEADING[name](randn(2, 3, 35, K, dtype=torch.float16))
-    assert_right(x, *make_inputs(1, x.shape[-1], N, torch.float16, layout, DEVICE)[1:])
-
-
 @pytest.mark.parametrize("M", [14, 300])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
