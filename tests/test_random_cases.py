@@ -36,10 +36,7 @@ MUTANTS = {
     "one row's scale for all": ("x_scale_ptr + offs_m * stride_sx", "x_scale_ptr + offs_m * 0"),
     "scales taken for contiguous": ("t.numel() == 1 else t.stride(dim)", "t.numel() == 1 else 1"),
     "gate's scale for up": ("up_scale_ptr + offs_n * stride_su", "gate_scale_ptr + offs_n * stride_sg"),
-    "rounded before SiLU": (
-        "y = silu_mul(gate, up, scales",
-        "y = silu_mul(gate.to(tl.float16).to(tl.float32), up, scales",
-    ),
+    "rounded before SiLU": ("y = silu_mul(gate, up,", "y = silu_mul(gate.to(tl.float16).to(tl.float32), up,"),
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
     "a wrong derivative": ("dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy", "dy * up * sigmoid, dy"),
     "dup left out of dx": ("dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t())", "dx = torch.mm(dgate, w_gate.t())"),
@@ -110,17 +107,12 @@ def test_they_find_mutants_of_the_kernel_for_hopper(tmp_path):
 
 def test_what_the_kernels_fill_is_guarded(monkeypatch):
     """y, gate and up, and what the backward pass allocates, in a thread of its own on a GPU."""
-    filled = []
-    hold = random_cases.Guards.hold
-
-    def watched(guards):
-        filled.append([tuple(t.shape) for _, t, is_filled, _ in guards.watched if is_filled])
-        return hold(guards)
-
-    monkeypatch.setattr(random_cases.Guards, "hold", watched)
+    watched, hold = [], random_cases.Guards.hold
+    monkeypatch.setattr(random_cases.Guards, "hold", lambda guards: watched.append(guards.watched) or hold(guards))
     case = draw(6)._replace(M=6, K=16, N=24, dtype="float16", blocks=2, choice="default", recompute=False)
     run_case(case)
     run_case(case._replace(recompute=True))
+    filled = [[tuple(t.shape) for _, t, is_filled, _ in tensors if is_filled] for tensors in watched]
     assert filled == [[(2, 3, 24), (6, 48), (6, 48)], [(2, 3, 24), (2, 3, 24), (6, 48), (2, 3, 24), (6, 48)]]
 
 
