@@ -15,12 +15,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-import benchmark  # sets TRITON_INTERPRET where there is no GPU, before the kernel is defined
 import fused_triton_swiglu as fts
 from baseline_torch_swiglu import ROUNDING, make_inputs, reference, relative_error, torch_swiglu
+from benchmark import LAYOUTS
 from common import DEVICE, DTYPES, GPU, needs_gpu, needs_hopper, run_python
-
-LAYOUTS = benchmark.LAYOUTS
 
 TARGETS = {
     "sm_80": fts.Device(80, 108, 163 * 1024),  # A100
