@@ -63,26 +63,16 @@ def test_compile_without_gradients_and_under_autocast(autocast):
 
 
 @both_ways
-def test_what_a_compiled_forward_pass_keeps(recompute):
-    """gate and up, to be read in the backward pass; or nothing, to be computed there."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-
+def test_what_a_compiled_forward_pass_keeps(recompute, monkeypatch):
+    """gate and up, to be read in the backward pass; or nothing, to be computed there. Divided as Inductor does."""
     torch._dynamo.reset()
-    calls = {}
-
-    def record(name):
-        def compiler(graph, _):
-            calls[name] = [node.args[3] for node in graph.graph.nodes if "swiglu" in str(node.target)]
-            return make_boxed_func(graph.forward)
-
-        return compiler
-
-    partition = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
-    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"), partition_fn=partition)
+    kept, forward = [], fts._forward
+    monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[3]) or forward(*args))
     run = functools.partial(fused_swiglu, recompute=recompute)
-    torch.compile(run, fullgraph=True, backend=backend)(*leaves_of(5, 16, 24)).sum().backward()
-    assert calls == {"forward": [not recompute], "backward": [True] * recompute}
+    y = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition")(*leaves_of(5, 16, 24))
+    assert kept == [not recompute]
+    y.sum().backward()
+    assert kept == [not recompute] + [True] * recompute
 
 
 @pytest.mark.parametrize("strict", [False, True])
