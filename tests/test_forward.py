@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+import benchmark
 import fused_triton_swiglu as fts
 from baseline_torch_swiglu import ROUNDING, make_inputs, nan_in_new_memory, reference, relative_error, torch_swiglu
 from benchmark import LAYOUTS
@@ -127,13 +128,10 @@ def test_what_is_copied(name):
         x = x.view(4, 8, 16, K)[:, ::2].transpose(1, 2)[:, :8]
     if name == "unlike":
         w_up = w_up.contiguous()
-    fused_swiglu(x, w_gate, w_up)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    y = fused_swiglu(x, w_gate, w_up)
+    for _ in range(2):  # the first call tunes
+        peak, _ = benchmark.memory_of(lambda t: fused_swiglu(*t), (x, w_gate, w_up), None)
     copied = x.nbytes if name == "three row strides" else 0
-    assert torch.cuda.max_memory_allocated() - before == y.nbytes + copied  # all sizes are multiples of 512 bytes
+    assert peak * 2**20 == x.nbytes // K * N + copied  # all sizes are multiples of 512 bytes
 
 
 @needs_gpu
