@@ -4,7 +4,6 @@ import ast
 import functools
 import itertools
 import math
-import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -318,18 +317,14 @@ def compile_everything(target):
     return lines
 
 
-def compile_in_processes(targets):
-    """One process for each target, as state is overwritten."""
-    with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:
-        print(pool.map(compile_everything, targets, chunksize=1))
-
-
 @pytest.fixture(scope="module")
 def compilations(request):
     """For each target that is to be tested what compile_everything returns."""
     items = [item for item in request.session.items if "compilations" in item.fixturenames]
     targets = [item.callspec.params["target"] for item in items]
-    code = f"import test_configs; test_configs.compile_in_processes({targets})"
+    code = f"""import multiprocessing, test_configs
+with multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool:  # a process for each, which changes state
+    print(pool.map(test_configs.compile_everything, {targets}, chunksize=1))"""
     # The interpreter's Triton cannot compile, and a GPU that is there does not matter.
     out = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     return dict(zip(targets, ast.literal_eval(out.splitlines()[-1]), strict=True))
