@@ -19,7 +19,6 @@ from fused_triton_swiglu import fused_swiglu
 from test_forward import K, N
 
 NEEDS = [needs for needs in itertools.product([False, True], repeat=3) if any(needs)]
-PLAIN = torch.float32, "linear", DEVICE
 both_ways = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 SIZES = [(1, 1, 1), (2, 3, 5), (17, 33, 65), (129, 67, 31)]
 SIZES += [(1, 1024, 4096), (300, 1096, 4104), (517, 1031, 2063), (4100, 1024, 2048)] if GPU else []
@@ -131,22 +130,18 @@ def test_only_what_is_needed(needs, layout, recompute):
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
-    inputs = make_inputs(5, 16, 24, torch.float32, "linear", DEVICE)
-    kept, forward = [], fts._forward
+    leaves, kept, forward = common.leaves_of(5, 16, 24), [], fts._forward
     monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[3]) or forward(*args))
-    fused_swiglu(*inputs)
-    for t in inputs:
-        t.requires_grad_()
-    with torch.no_grad():
-        fused_swiglu(*inputs)
+    fused_swiglu(*(t.detach() for t in leaves))
     with torch.inference_mode():
-        fused_swiglu(*(t.clone() for t in inputs))
-    with torch.no_grad(), CountCalls():  # the way through the operator
-        fused_swiglu(*inputs)
-    fused_swiglu(*inputs, recompute=True)
-    assert kept == [False] * 5
-    fused_swiglu(*inputs)
-    assert kept[-1]
+        fused_swiglu(*(t.clone() for t in leaves))
+    with torch.no_grad():
+        fused_swiglu(*leaves)
+        with CountCalls():  # the way through the operator
+            fused_swiglu(*leaves)
+    fused_swiglu(*leaves, recompute=True)
+    fused_swiglu(*leaves)
+    assert kept == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize("retain_graph", [False, True])
@@ -189,7 +184,7 @@ def test_activation_checkpointing(dtype, reentrant, recompute):
 @both_ways
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_second_derivatives_are_refused(needs, recompute):
-    leaves = [t.requires_grad_(need) for t, need in zip(make_inputs(5, 16, 24, *PLAIN), needs, strict=True)]
+    leaves = [t.requires_grad_(need) for t, need in zip(common.leaves_of(5, 16, 24), needs, strict=True)]
     for mode in (torch.enable_grad, CountCalls):  # by itself, and through the operator
         with mode(), pytest.raises(NotImplementedError, match="fused_swiglu can be differentiated once"):
             fused_swiglu(*leaves, recompute=recompute).sum().backward(create_graph=True)
