@@ -9,10 +9,8 @@ import pandas as pd
 import pytest
 
 import benchmark
-from common import HERE
-
-sys.path.append(str(HERE / "results"))
 import tables
+from common import HERE
 
 TEXTS = {path.relative_to(HERE).as_posix(): path.read_text() for path in tables.FILES}
 
