@@ -165,12 +165,12 @@ FAILURES = {
 
 
 @pytest.fixture
-def timed_by_rule(monkeypatch):
-    """All of a run on a GPU but the GPU: calls run on the CPU, and what they take is told by a rule.
+def run_by_rule(tmp_path, monkeypatch):
+    """main() with options, as on a GPU but without it: calls run on the CPU, and what they take is told by a rule.
 
     The time of a call is the number of its M among those timed, in 1/16 ms, twice that in a graph, nine times as long
-    in the first 100 ms and in the first replay of a turn. What is put in the list returned is raised where the second M
-    is timed.
+    in the first 100 ms and in the first replay of a turn. What is put in `failures` is raised where the second M is
+    timed.
     """
     if GPU:
         pytest.skip("simulates a GPU")
@@ -229,29 +229,28 @@ def timed_by_rule(monkeypatch):
     seeming |= {"stream": contextlib.nullcontext, "Stream": lambda: None, "synchronize": lambda: None}
     seeming |= {"get_device_name": lambda: r"NVIDIA H100 80GB $\frac$"}
     by_rule = {"check_contenders": check_contenders, "do_bench": do_bench, "MODEL_BYTES": 2**17, "HOST_CALLS": 1}
-    by_rule |= {"measure_limits": lambda dtype: (2e4, 1.2e5)}
+    by_rule |= {"measure_limits": lambda dtype: (2e4, 1.2e5), "run_interpreted": benchmark.run_on_gpu}
     by_rule |= {"memory_of": lambda run, leaves, dy: (run(leaves), (2, 1))[1]}  # MiB
     monkeypatch.setattr(benchmark.baseline, "differentiated", counted)
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     for owner, names in ((torch.cuda, seeming), (benchmark, by_rule)):
         for name, value in names.items():
             monkeypatch.setattr(owner, name, value)
-    yield failures
+
+    def run(*options):
+        argv = ["benchmark.py", "--m", "3", "17", "--k", "64", "--n", "96", "--output-dir", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", argv)
+        return benchmark.main()
+
+    run.failures = failures
+    yield run
     gc.enable()  # where a capture has failed
 
 
-def run_on_gpu(tmp_path, monkeypatch, *options):
-    """main() as where there is a GPU; operands stay on the CPU."""
-    argv = ["benchmark.py", "--m", "3", "17", "--k", "64", "--n", "96", "--output-dir", str(tmp_path), *options]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(benchmark, "run_interpreted", benchmark.run_on_gpu)
-    return benchmark.main()
-
-
 @pytest.mark.parametrize("backward", [False, True])
-def test_rows_of_a_run(backward, tmp_path, monkeypatch, timed_by_rule, capsys):
+def test_rows_of_a_run(backward, tmp_path, run_by_rule, capsys):
     providers = benchmark.BACKWARD_PROVIDERS if backward else benchmark.PROVIDERS
-    assert run_on_gpu(tmp_path, monkeypatch, *["--backward"] * backward) == 0
+    assert run_by_rule(*["--backward"] * backward) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"{2 + 2 * backward} checks of the fused kernel passed, none failed"
     as_in_the_readme = ", ".join(f"{name} 62.5 | 125.0" for name in providers)
@@ -281,10 +280,10 @@ def test_a_row_has_median_percentiles_and_speedup():
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_was_measured_is_kept(failure, tmp_path, monkeypatch, timed_by_rule, capsys):
+def test_what_was_measured_is_kept(failure, tmp_path, run_by_rule, capsys):
     status, error = FAILURES[failure]
-    timed_by_rule.append(error)
-    assert run_on_gpu(tmp_path, monkeypatch) == status
+    run_by_rule.failures.append(error)
+    assert run_by_rule() == status
     path = tmp_path / "h100-80gb-frac-_bfloat16_linear_64x96.csv"
     timed = benchmark.read_run(path)
     assert {*timed.M[timed.method != HOST]} == {3}
@@ -295,13 +294,13 @@ def test_what_was_measured_is_kept(failure, tmp_path, monkeypatch, timed_by_rule
     assert ("Traceback" in err) == ("illegal access" in failure)
 
 
-def test_nothing_is_overwritten(tmp_path, monkeypatch, timed_by_rule):
+def test_nothing_is_overwritten(tmp_path, run_by_rule):
     for count in (1, 2, 3):
-        assert run_on_gpu(tmp_path, monkeypatch, "--providers", "fused") == 0
+        assert run_by_rule("--providers", "fused") == 0
         assert len([*tmp_path.iterdir()]) == 2 * count
     (first,) = tmp_path.glob("*_64x96.csv")
     first.unlink()  # its plot is still there
-    assert run_on_gpu(tmp_path, monkeypatch, "--providers", "fused") == 0
+    assert run_by_rule("--providers", "fused") == 0
     assert len([*tmp_path.iterdir()]) == 7 and not first.exists()
 
 
@@ -316,7 +315,7 @@ FAILING = {  # how many calls of a peer are right before it fails, and options
 
 @pytest.mark.parametrize("failing", FAILING)
 @pytest.mark.parametrize("status, error", [(0, RuntimeError), (130, KeyboardInterrupt)])
-def test_a_peer_may_fail_at_any_time(failing, status, error, tmp_path, monkeypatch, timed_by_rule, capsys):
+def test_a_peer_may_fail_at_any_time(failing, status, error, tmp_path, monkeypatch, run_by_rule, capsys):
     calls, (right, options) = [], FAILING[failing]
 
     def peer(module):
@@ -326,7 +325,7 @@ def test_a_peer_may_fail_at_any_time(failing, status, error, tmp_path, monkeypat
         return SimpleNamespace(gemm_swiglu=lambda x, gate, up, *_: (torch_swiglu(x, gate.t(), up.t()),))
 
     monkeypatch.setattr(benchmark, "import_module", peer)
-    assert run_on_gpu(tmp_path, monkeypatch, *options, "--providers", "fused", "flash-swiglu-mlp") == status
+    assert run_by_rule(*options, "--providers", "fused", "flash-swiglu-mlp") == status
     left_out = "flash-swiglu-mlp left out: RuntimeError: not here" in capsys.readouterr().out
     assert left_out == (error is RuntimeError)
     if left_out:
@@ -338,14 +337,14 @@ def test_a_peer_may_fail_at_any_time(failing, status, error, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_wrong_kernel_is_not_timed(backward, tmp_path, monkeypatch, timed_by_rule, capsys):
+def test_a_wrong_kernel_is_not_timed(backward, tmp_path, monkeypatch, run_by_rule, capsys):
     def wrong(x, gate, up, recompute=False):  # for the second M: gate and up exchanged, or twice the gradient of one
         if len(x) > 3:
             gate, up = (gate, 2 * up - up.detach()) if backward else (up, gate)
         return torch_swiglu(x.double(), gate.double(), up.double()).to(x.dtype)
 
     monkeypatch.setattr(benchmark, "fused_swiglu", wrong)
-    assert run_on_gpu(tmp_path, monkeypatch, *["--backward"] * backward) == 1
+    assert run_by_rule(*["--backward"] * backward) == 1
     told = f"WRONG in {1 + backward} of {2 + 2 * backward} checks: M = 17, fused: beyond"
     assert capsys.readouterr().out.splitlines()[-1].startswith(told)
     (path,) = tmp_path.glob("*.csv")
@@ -354,29 +353,29 @@ def test_a_wrong_kernel_is_not_timed(backward, tmp_path, monkeypatch, timed_by_r
 
 
 @pytest.mark.parametrize("full", ["csv", "png"])
-def test_a_full_disk_costs_no_figure(full, tmp_path, monkeypatch, timed_by_rule, capsys):
+def test_a_full_disk_costs_no_figure(full, tmp_path, monkeypatch, run_by_rule, capsys):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*(Path, "replace") if full == "csv" else (benchmark, "plot"), fail)
-    assert run_on_gpu(tmp_path, monkeypatch) == 1
+    assert run_by_rule() == 1
     out = capsys.readouterr().out
     assert ",bfloat16,linear,64,96,3,fused,call by call,0.0625," in out
     assert "ENDED by OSError: [Errno 28] No space left on device" in out.splitlines()[-1]
     assert [path.suffix for path in tmp_path.iterdir()] == ([] if full == "csv" else [".csv"])
 
 
-def test_a_reader_that_goes_costs_no_figure(tmp_path, monkeypatch, timed_by_rule):
+def test_a_reader_that_goes_costs_no_figure(monkeypatch, run_by_rule):
     read, write = os.pipe()
     os.close(read)
     with open(write, "w", buffering=1) as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        assert run_on_gpu(tmp_path, monkeypatch) == 1  # at the first line: nothing is measured, and nothing raised
+        assert run_by_rule() == 1  # at the first line: nothing is measured, and nothing raised
 
 
-def test_a_notebooks_output(tmp_path, monkeypatch, timed_by_rule):
+def test_a_notebooks_output(monkeypatch, run_by_rule):
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # which has no `reconfigure` either
-    assert run_on_gpu(tmp_path, monkeypatch) == 0
+    assert run_by_rule() == 0
 
 
 def test_any_backend_may_be_set():
