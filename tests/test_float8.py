@@ -85,6 +85,11 @@ def test_errors_of_sums_with_few_bits(recipe, M):
         assert all(torch.equal(fused_swiglu(*inputs, scales=scales), y) for _ in range(20))
 
 
+class Layer(torch.nn.Module):
+    def forward(self, x, w_gate, w_up, scales):
+        return fused_swiglu(x, w_gate, w_up, scales=scales, out_dtype=torch.float32)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_and_export(dynamic):
     torch._dynamo.reset()
@@ -93,11 +98,6 @@ def test_compile_and_export(dynamic):
     for M in (6, 9):
         inputs, scales = operands(M, 32, 24)
         assert torch.equal(compiled(*inputs, scales=scales), fused_swiglu(*inputs, scales=scales))
-
-    class Layer(torch.nn.Module):
-        def forward(self, x, w_gate, w_up, scales):
-            return fused_swiglu(x, w_gate, w_up, scales=scales, out_dtype=torch.float32)
-
     exported = torch.export.export(Layer(), (*inputs, scales)).module()
     assert torch.equal(exported(*inputs, scales), Layer()(*inputs, scales))
     with torch.autocast(DEVICE, torch.float16):  # leaves them as they are
@@ -144,13 +144,9 @@ def test_forward_mode_is_refused():
 
 
 def test_no_gradient_in_an_exported_program():
-    class Layer(torch.nn.Module):
-        def forward(self, x_scale):
-            return fused_swiglu(X, G, U, scales=(x_scale, GS, US))
-
-    exported = torch.export.export(Layer(), (XS,)).module()
+    exported = torch.export.export(Layer(), (X, G, U, (XS, GS, US))).module()
     with pytest.raises(NotImplementedError, match="no gradient in float8"):
-        exported(XS.clone().requires_grad_())
+        exported(X, G, U, (XS.clone().requires_grad_(), GS, US))
 
 
 def test_scales_as_they_come():

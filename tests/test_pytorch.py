@@ -10,6 +10,7 @@ from baseline_torch_swiglu import ROUNDING, differentiated, gradient_limit, refe
 from benchmark import LAYOUTS
 from common import DEVICE, GPU, HERE, assert_close, leaves_and_dy, leaves_of, needs_gpu, randn
 from fused_triton_swiglu import fused_swiglu
+from swiglu_mlp import SwiGLUMLP
 from test_backward import CountCalls, both_ways
 
 BACKEND = "inductor" if GPU else "aot_eager"  # the first wants a compiler for the CPU
@@ -77,15 +78,7 @@ def test_what_a_compiled_forward_pass_keeps(recompute, monkeypatch):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w_gate, self.w_up = (torch.nn.Parameter(randn(16, 24)) for _ in range(2))
-
-        def forward(self, x):
-            return fused_swiglu(x, self.w_gate, self.w_up)
-
-    layer, rows = Layer(), torch.export.Dim("rows", max=4096)
+    layer, rows = SwiGLUMLP(16, 24, device=DEVICE), torch.export.Dim("rows", max=4096)
     exported = torch.export.export(layer, (randn(3, 16),), dynamic_shapes=({0: rows},), strict=strict)
     x = randn(70, 16)
     assert torch.equal(exported.module()(x), layer(x))
