@@ -35,9 +35,8 @@ def test_a_run(passes, tmp_path):
     if not GPU:
         assert verdict == f"{30 * variants + 5 * (not options)} checks of the fused kernel passed, none failed"
         assert "Speed was not measured" in lines[-1] and benchmark.RECORDED_PLOT in lines[-1]
-        told = {
-            line.split()[0]: re.findall(r"(torch|fused\S*) (\S+?)(?:,|$)", line) for line in lines if "error:" in line
-        }
+        rows = [line for line in lines if "error:" in line]
+        told = {row.split()[0]: re.findall(r"(torch|fused\S*) (\S+?)(?:,|$)", row) for row in rows}
         assert [*told] == [*DTYPES][: len(DTYPES) - bool(options)]
         for dtype, errors in told.items():
             assert len(errors) == 1 + variants
