@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 import benchmark
+import fused_triton_swiglu
 from baseline_torch_swiglu import FLOAT8, ROUNDING, check, make_inputs, reference, torch_swiglu
 from benchmark import CALLS, DTYPES, HOST, MODEL
 from common import DEVICE, GPU, HERE, run_python
@@ -125,6 +127,7 @@ RUN = a_run(1, 16)
 NOT_PLOTTED = {  # what a file holds, and what is said of it
     "nothing": (None, "FileNotFoundError: [Errno 2] No such file"),
     "a plot": (RUN, "ValueError: expected a .csv"),
+    "binary": (b"\x89PNG\r\n", "UnicodeDecodeError: "),
     "no columns": (b"gpu\nnone\n", "ValueError: Usecols do not match columns"),
     "text": ([*RUN[1:], RUN[0] | {"ms": "fast"}], "ValueError: could not convert string to float: 'fast'"),
     "huge": ([*RUN[1:], RUN[0] | {"M": 10**23}], "OverflowError: "),
@@ -136,6 +139,7 @@ NOT_PLOTTED = {  # what a file holds, and what is said of it
     "twice": ([*RUN, RUN[0]], "ValueError: Index contains duplicate entries"),
     "one way": ([row for row in RUN if row["method"] == CALLS], NOT_ONE_RUN),
     "one M in one way": (RUN[:-1], NOT_ONE_RUN),
+    "fused in one way": ([row for row in RUN if row["provider"] == "torch" or row["method"] == CALLS], NOT_ONE_RUN),
     "no torch": ([row for row in RUN if row["provider"] == "fused"], NOT_ONE_RUN),
     "someone": ([row | {"provider": row["provider"].replace("fused", "someone")} for row in RUN], NOT_ONE_RUN),
 }
@@ -349,6 +353,17 @@ def test_a_wrong_kernel_is_not_timed(backward, tmp_path, monkeypatch, run_by_rul
     (path,) = tmp_path.glob("*.csv")
     timed = benchmark.read_run(path)
     assert {*timed.M[timed.method != HOST]} == {3}
+
+
+@pytest.mark.skipif(GPU, reason="of a run without a GPU")
+def test_a_wrong_kernel_is_told_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(
+        fused_triton_swiglu, "fused_swiglu", lambda x, gate, *_, **__: x.new_zeros(len(x), gate.shape[1])
+    )
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(HERE / "benchmark.py"), run_name="__main__")
+    assert stopped.value.code == 1 and capsys.readouterr().out.splitlines()[-1].startswith("WRONG in 35 of 35 checks: ")
 
 
 @pytest.mark.parametrize("full", ["csv", "png"])

@@ -124,6 +124,8 @@ REFUSED = [
     (dict(w_gate=G.contiguous()), ValueError, "w_gate, w_up have strides (6, 1), (1, 8): expected 1 along K in float8"),
     (dict(w_up=U.contiguous()), ValueError, "w_gate, w_up have strides (1, 8), (6, 1): expected 1 along K in float8"),
     (dict(scales=(XS, GS, US.clone().requires_grad_())), NotImplementedError, "has no gradient in float8"),
+    (dict(scales=(XS, GS.clone().requires_grad_(), US)), NotImplementedError, "no gradient in float8: call it under"),
+    (dict(scales=(XS.clone().requires_grad_(), GS, US)), NotImplementedError, "no gradient in float8: call it under"),
     (dict(w_up=U.clone().requires_grad_()), NotImplementedError, "has no gradient in float8: call it under torch"),
     (dict(x=X.clone().requires_grad_()), NotImplementedError, "has no gradient in float8: call it under torch.no_grad"),
     (dict(x=X.float(), w_gate=G.float(), w_up=U.float(), scales=(XS, GS, US)), ValueError, "but x is torch.float32"),

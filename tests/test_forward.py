@@ -84,9 +84,12 @@ HERE = torch.zeros(1, device=DEVICE).device
 BAD_INPUT = [
     ((A.tolist(), B, B), TypeError, "x is a list: expected a torch.Tensor"),
     ((A.int(), B, B), TypeError, "x is torch.int32: expected one of (torch.bfloat16, torch.float16, torch.float32,"),
+    ((A.double(), B, B), TypeError, "x is torch.float64: expected"),
+    ((A, B.half(), B), ValueError, "w_gate is torch.float16 on "),
     ((A, B, B.half()), ValueError, f"w_up is torch.float16 on {HERE}: expected torch.float32 on {HERE}"),
     ((A[0, 0], B, B), ValueError, "w_gate is (8, 6) and x is (): expected (K, N) and (..., K)"),
     ((A, B[0], B), ValueError, "w_gate is (6,) and x is (4, 8): expected (K, N) and (..., K)"),
+    ((A, B, B[None]), ValueError, "w_up is (1, 8, 6), but w_gate is (8, 6): both must be (K, N)"),
     ((A, B, B[:, :5]), ValueError, "w_up is (8, 5), but w_gate is (8, 6): both must be (K, N)"),
     ((A, B.t(), B.t()), ValueError, "w_gate is (6, 8) and x is (4, 8): expected (K, N) and (..., K)"),
     ((A, B.to("meta"), B), ValueError, "w_gate is torch.float32 on meta: expected torch.float32 on "),

@@ -171,6 +171,7 @@ def run_cases(rank, folder):
             lambda t: t.chunk(2, dim=1)[rank],
             distribute=lambda x: DTensor.from_local(x, grid["columns"], [Shard(1)]),
         ),
+        "rows of up_proj": lambda: errors_of(spread(layer(), up_proj=RowwiseParallel())),
         "as FSDP2 shards": lambda: errors_of(spread(layer(), down_proj=ColwiseParallel())),
         "gate_up_proj": lambda: spread(replace_mlps(torch.nn.Sequential(phi3_mlp().to(DEVICE)))[0])(randn(4)),
         "FSDP2 too early": lambda: replace_mlps(torch.nn.Sequential(fully_shard(phi3_mlp().to(DEVICE)))),
@@ -194,6 +195,7 @@ def outcomes(tmp_path_factory):
 
 
 EXPECTED = dict.fromkeys(["DDP", "FSDP2", "columns", "columns, compiled", "columns, FSDP2", "columns, sequence"]) | {
+    "rows of up_proj": "up_proj.weight has the placements (Shard(dim=1),): expected (Shard(dim=0),)",
     "as FSDP2 shards": "down_proj.weight has the placements (Shard(dim=0),): expected (Shard(dim=1),)",
     "gate_up_proj": "gate_up_proj.weight has the placements (Shard(dim=0),): expected None",
     "FSDP2 too early": "0 has forward_hooks on its FSDPMLP: call replace_mlps first",
