@@ -264,7 +264,7 @@ def memory_of(run, leaves, dy):
 
 
 def in_a_graph(run, operands, pool):
-    """A function that times a call inside a CUDA graph, in which `run` takes the operands in turn, for 2 ms or once."""
+    """A function that times a call in a CUDA graph, where `run` takes all operands in turn until 2 ms have passed."""
     ms = do_bench(lambda: deque(map(run, operands), maxlen=0), warmup=1, rep=1, return_mode="min")  # tunes as well
     graph, many = torch.cuda.CUDAGraph(), operands * math.ceil(2 / ms)
     gc.disable()  # a kernel that is collected now unloads itself, which spoils the capture

@@ -9,7 +9,6 @@ a CSV and a plot say what it brought on that card, next to eager PyTorch and to 
 weights, without SiLU. Without a GPU the steps are checked through Triton's interpreter.
 """
 
-import contextlib
 import sys
 from datetime import date
 from functools import partial
@@ -176,9 +175,8 @@ def launch(kernel, tile, num_warps, num_stages, x, w):
 def hopper(x, w, narrow_tiles):
     """Steps 6 and 7 are swiglu_kernel_hopper of fused_triton_swiglu.py, first with whole tiles only."""
     y = x.new_empty(len(x), w.shape[1])
-    whole = fts.TILE_N.value
-    only_whole = mock.patch.object(fts, "_last_wave", lambda M, N, programs: (triton.cdiv(N, whole), 64))
-    with contextlib.nullcontext() if narrow_tiles else only_whole:
+    cut = fts._last_wave if narrow_tiles else lambda M, N, programs: (triton.cdiv(N, fts.TILE_N.value), 64)
+    with mock.patch.object(fts, "_last_wave", cut):
         fts._launch_hopper(False, x, w[0].t(), w[1].t(), y, None, None, None, None)
     return y
 
@@ -188,7 +186,6 @@ DEVICE = fts.device_limits(0 if GPU else None)
 K, N = 4096, 14336
 # As launch takes them: a tile of y and its depth along K, warps, stages of loads. 144 KB, which only large GPUs have.
 MANY = ((128, 128, 64), 8, 3) if DEVICE.shared_memory >= 144 * 2**10 else ((64, 64, 64), 4, 3)
-REFERENCES = {"eager PyTorch": lambda x, w: torch_swiglu(x, w[0].t(), w[1].t())}
 BARE = "cuBLAS's bare product"
 MANY_ROWS = {
     "1 textbook": partial(launch, textbook, *MANY),
@@ -221,7 +218,7 @@ def measure(M, steps):
     x, w_gate, w_up = make_inputs(M, k, n, dtype, "linear", "cuda" if GPU else "cpu")
     w = torch.stack([w_gate.t(), w_up.t()])
     expected = reference(x, w_gate, w_up)
-    runs, errors = dict(REFERENCES), {}
+    runs, errors = {"eager PyTorch": lambda x, w: torch_swiglu(x, w[0].t(), w[1].t())}, {}
     for name, run in steps.items():
         if not runs_here(run):
             print(f"M = {M}: {name} left out, it needs a Hopper GPU")

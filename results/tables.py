@@ -25,16 +25,16 @@ def read(name):
     return pd.read_csv(RESULTS / f"{name}.csv")
 
 
-def by_m(name, column, method=CALLS, factor=1):
+def by_m(name, column, method=CALLS):
     """A column of one recording, by M and provider."""
     rows = read(name)
     rows = rows[rows.method == method]
-    return rows.pivot(index="M", columns="provider", values=column)[rows.provider.unique()] * factor
+    return rows.pivot(index="M", columns="provider", values=column)[rows.provider.unique()]
 
 
 def times(name, method=CALLS):
     """Microseconds by M and provider."""
-    return by_m(name, "ms", method, factor=1e3)
+    return by_m(name, "ms", method) * 1e3
 
 
 def markdown(head, rows):
@@ -73,25 +73,28 @@ def recordings():
 
 def headline():
     run, calls, model = read(MAIN).iloc[-1], times(MAIN), times(MAIN, MODEL)
-    gains = [f"{(us.torch / us.fused).min():.2f} to {(us.torch / us.fused).max():.2f}" for us in (model, calls)]
-    us = " and ".join(f"**{model.fused[M]:.1f} µs at M = {M}** (eager {model.torch[M]:.1f})" for M in (512, 4096))
+    gains = model.torch / model.fused, competitors(model).min(axis=1) / model.fused, calls.torch / calls.fused
+    eager, best, one = (f"{gain.min():.2f} to {gain.max():.2f}" for gain in gains)
+    us = [f"**{model.fused[M]:.1f} µs at M = {M}** (eager PyTorch {model.torch[M]:.1f})" for M in (512, 4096)]
     return (
-        f"On an {run.gpu}, K = {run.K}, N = {run.N}, {run['dtype']}, several layers' weights in one CUDA graph, "
-        f"it takes\n{us}:\n{gains[0]} times the speed of eager PyTorch at each M measured from {model.index[0]} to "
-        f"{model.index[-1]}, and {gains[1]} times call by call."
+        f"On an {run.gpu}, K = {run.K}, N = {run.N}, {run['dtype']}, it takes in a model {us[0]} and\n{us[1]}. "
+        f"At each M measured from {model.index[0]} to {model.index[-1]} it has {eager} times eager's\nspeed, {best} "
+        f"times the fastest `torch.compile` form's, and call by call {one} times eager's."
     )
 
 
 def output():
     first, calls, model, host = read(MAIN).iloc[0], times(MAIN), times(MAIN, MODEL), times(MAIN, HOST).iloc[0]
-    lines = [f"{first.gpu}, PyTorch {first.torch}, Triton {first.triton}"]
-    lines += [
-        f"host time of a call, us (M, K, N = (1, 512, 512)): {', '.join(f'{k} {v:.1f}' for k, v in host.items())}"
-    ]
-    lines += [f"us {CALLS} | {MODEL}"]
-    lines += [f"M =   512  {', '.join(f'{name} {calls[name][512]:.1f} | {model[name][512]:.1f}' for name in calls)}"]
-    lines += ["...", f"{len(calls)} checks of the fused kernel passed, none failed"]
-    return "\n".join(["```", *lines, "```"])
+    host = ", ".join(f"{name} {us:.1f}" for name, us in host.items())
+    medians = ", ".join(f"{name} {calls[name][512]:.1f} | {model[name][512]:.1f}" for name in calls)
+    return f"""```
+{first.gpu}, PyTorch {first.torch}, Triton {first.triton}
+host time of a call, us (M, K, N = (1, 512, 512)): {host}
+us {CALLS} | {MODEL}
+M =   512  {medians}
+...
+{len(calls)} checks of the fused kernel passed, none failed
+```"""
 
 
 def main_table():
@@ -109,16 +112,21 @@ def competitors(us):
 
 
 def elsewhere():
-    """For other shapes and for training: the range of the speed-ups in a model."""
+    """For other shapes, dtypes and for training: the range of the speed-ups in a model."""
     lines = []
-    for kind in ("8192x28672", "2048x5632", "4096x14336_backward"):
-        name = f"h200_bfloat16_linear_{kind}"
+    kinds = ["bfloat16_linear_8192x28672", "bfloat16_linear_2048x5632", "float32_linear_4096x14336"]
+    for kind in (*kinds, "float8_e4m3fn_linear_4096x14336", "bfloat16_linear_4096x14336_backward"):
+        name = f"h200_{kind}"
         us = times(name, MODEL)
         gains = [other / us.fused for other in (us.torch, competitors(us).min(axis=1))]
         eager, best = (f"{gain.min():.2f} to {gain.max():.2f} times" for gain in gains)
         lines.append(f"- {label(name)}: in a model {eager} eager's speed, {best} the fastest other form's.")
     recompute = us.torch / us["fused-recompute"]  # of the last one
     lines[-1] += f" With `recompute=True` {recompute.min():.2f} to {recompute.max():.2f} times eager's."
+    us = times(f"{MAIN}_all", MODEL)
+    peers = {name: us[name] / us.fused for name in ("liger-kernel", "flash-swiglu-mlp", "quack-kernels")}
+    peers = ", ".join(f"{gain.min():.2f} to {gain.max():.2f} times the speed of {name}" for name, gain in peers.items())
+    lines.append(f"- [Other packages](results/{MAIN}_all.csv), in the table's shape: in a model {peers}.")
     here, *others = (times(f"{MAIN}{card}", MODEL) for card in ("", "_card1", "_card2"))
     apart = max((here.div(here.fused, axis=0) / us.div(us.fused, axis=0) - 1).abs().max(axis=None) for us in others)
     links = " and ".join(f"[{i}](results/{MAIN}_card{i}.csv)" for i in (1, 2))

@@ -15,11 +15,13 @@ Gradients are cuBLAS's products. Version 13.1 leaves out the end of the sum in s
 
 import argparse
 import contextlib
+import datetime
 import gc
 import itertools
 import math
 import random
 import resource
+import shlex
 import sys
 import time
 from collections import namedtuple
@@ -235,9 +237,10 @@ def main():
     gpu_grown, host_grown = (now - before for now, before in zip(memory(), settled, strict=True))
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "none (Triton interpreter)"
     different, launchers = min(done, args.cycle or done), len(fts._launchers)
-    summary = dict(gpu=gpu, torch=torch.__version__, triton=fts.triton.__version__, first=args.first)
-    summary |= dict(different_cases=different, cases=done, seconds=round(seconds), worst_error_over_limit=worst)
-    summary |= dict(gpu_bytes_grown=gpu_grown, host_mib_grown=host_grown, launchers=launchers, cublas_faults=faults)
+    summary = dict(date=datetime.date.today().isoformat(), command=shlex.join(["python", *sys.argv]), gpu=gpu)
+    summary |= dict(torch=torch.__version__, triton=fts.triton.__version__, different_cases=different, cases=done)
+    summary |= dict(seconds=round(seconds), worst_error_over_limit=worst, gpu_bytes_grown=gpu_grown)
+    summary |= dict(host_mib_grown=host_grown, launchers=launchers, cublas_faults=faults)
     print("\n".join(f"{name}: {value}" for name, value in summary.items()))
     if args.csv:
         pd.DataFrame([summary]).to_csv(args.csv, mode="a", index=False, header=not args.csv.exists())
