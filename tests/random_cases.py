@@ -19,6 +19,7 @@ import datetime
 import gc
 import itertools
 import math
+import os
 import random
 import resource
 import shlex
@@ -37,6 +38,9 @@ from tqdm import tqdm
 import benchmark  # sets TRITON_INTERPRET where there is no GPU, before the kernel is defined
 import fused_triton_swiglu as fts
 from baseline_torch_swiglu import FLOAT8, ROUNDING, TOLERANCES, differentiated, reference, torch_swiglu
+
+# With AMX, torch.mm of bfloat16 on the CPU (2.14) reads what lies between the rows of a matrix, here NaN.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 2**15  # elements on either side of a tensor, which stays aligned for TMA; in the interpreter more than a tile
