@@ -129,14 +129,21 @@ def grouped_tile(tile, num_pid_m, num_pid_n):
 
 
 @triton.jit
-def silu_mul(gate, up, scales, offs_m, offs_n, M, N):
-    """silu(gate) * up in fp32, both first multiplied by the scales of x's rows and the weights' columns, if any."""
+def load_scales(scales, offs_m, offs_n, M, N):
+    """Of x's rows and of both weights' columns."""
     x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su = scales
-    if x_scale_ptr is not None:
-        offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
-        x_scale = tl.load(x_scale_ptr + offs_m * stride_sx, mask=offs_m < M)[:, None]
-        gate = gate * x_scale * tl.load(gate_scale_ptr + offs_n * stride_sg, mask=offs_n < N)[None, :]
-        up = up * x_scale * tl.load(up_scale_ptr + offs_n * stride_su, mask=offs_n < N)[None, :]
+    offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
+    x_scale = tl.load(x_scale_ptr + offs_m * stride_sx, mask=offs_m < M)
+    gate_scale = tl.load(gate_scale_ptr + offs_n * stride_sg, mask=offs_n < N)
+    return x_scale, gate_scale, tl.load(up_scale_ptr + offs_n * stride_su, mask=offs_n < N)
+
+
+@triton.jit
+def silu_mul(gate, up, scales):
+    """silu(gate) * up in fp32, both first multiplied by what load_scales returns, if anything."""
+    if len(scales) > 0:
+        gate = gate * scales[0][:, None] * scales[1][None, :]
+        up = up * scales[0][:, None] * scales[2][None, :]
     return gate / (1 + tl.exp(-gate)) * up
 
 
@@ -255,7 +262,7 @@ def swiglu_kernel(
             tl.store(gate_ptrs, gate.to(y_ptr.dtype.element_ty), mask=mask_y)
             tl.store(gate_ptrs + N, up.to(y_ptr.dtype.element_ty), mask=mask_y)
         scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
-        y = silu_mul(gate, up, scales, offs_m, offs_n, M, N)
+        y = silu_mul(gate, up, load_scales(scales, offs_m, offs_n, M, N) if x_scale_ptr is not None else ())
         tl.store(y_ptr + rows * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -281,7 +288,7 @@ try:
     tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.9, and before
     tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-    SWIZZLES = {key: gl.NVMMASharedLayout(*key) for key in ((128, 8), (128, 16), (64, 16))}  # by bytes, bits
+    gl.NVMMASharedLayout(128, 16)  # Triton 3.5's wants a rank
 except Exception:  # Gluon is experimental: where it is another one than this file knows, the Triton kernel serves
     gluon = None
 
@@ -293,7 +300,7 @@ HOPPER_OPTIONS = {"num_warps": 4, "maxnreg": 168} | FP_FUSION
 
 Shared = namedtuple(  # num_whole_n: see _last_wave. A TMA box has BOX columns of y or of a weight, and BOX_K of K
     "Shared",
-    "x_desc w_gate_desc w_up_desc y_desc gate_desc up_desc x_buffers w_buffers y_buffers full empty scales "
+    "x_desc w_gate_desc w_up_desc y_desc gate_up_desc x_buffers w_buffers y_buffers full empty scales "
     "M N K num_whole_n BOX BOX_K ROW_MAJOR",
 )
 
@@ -318,10 +325,17 @@ if gluon:
         return step
 
     @gluon.jit
-    def hopper_zeros(s, WIDTH: gl.constexpr):
-        """An accumulator for WIDTH columns of both weights. wgmma takes 32 bytes of K, a quarter of a box."""
-        ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, s.BOX_K // 4])
-        return gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC)
+    def hopper_begin(off_m, off_n, s, WIDTH: gl.constexpr):
+        """An accumulator for WIDTH columns of both weights; in float8 the scales of its rows and columns, else None."""
+        ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, s.BOX_K // 4])  # 32 bytes of K
+        scales = ()
+        if s.scales[0] is not None:
+            # Here, where nobody waits for them, and each column's in one thread only: loaded in the epilogue, where all
+            # threads want them, they took 6 % of the time (H200).
+            offs_m = off_m + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+            offs_n = off_n + gl.arange(0, WIDTH, gl.BlockedLayout([1], [32], [4], [0]))
+            scales = load_scales(s.scales, offs_m, offs_n, s.M, s.N)
+        return gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC), scales
 
     @gluon.jit
     def hopper_dot(stage, acc, use_acc, s, CONSUMER: gl.constexpr, FIRST: gl.constexpr):
@@ -336,35 +350,39 @@ if gluon:
         return hopper.warpgroup_mma(x, w if s.ROW_MAJOR else w.permute([1, 0]), acc, use_acc=use_acc, is_async=True)
 
     @gluon.jit
-    def hopper_store(values, desc, off_m, off_n, s, CONSUMER: gl.constexpr):
-        """Round and store one consumer's rows, through shared memory."""
+    def hopper_store(values, desc, off_m, off_n, s, CONSUMER: gl.constexpr, IS_UP: gl.constexpr):
+        """Round and store one consumer's rows of y, (M, 1, N), or of gate or up in (M, 2, N), through shared memory."""
         WIDTH: gl.constexpr = values.shape[1]
-        wide = reinterpret(s.y_buffers, desc.dtype, [CONSUMERS * TILE_N // WIDTH, ROWS, WIDTH], s.y_buffers.layout)
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(2 * s.BOX, 16, rank=2)
+        wide = reinterpret(s.y_buffers, desc.dtype, [CONSUMERS * TILE_N // WIDTH, ROWS, WIDTH], LAYOUT)
         tma.store_wait(0)  # what was stored before has left the buffer
         wide.index(CONSUMER * (TILE_N // WIDTH)).store(values.to(desc.dtype))
         hopper.fence_async_shared()
         for i in gl.static_range(WIDTH // s.BOX):
-            tma_store(desc, (off_m, off_n + i * s.BOX), s.y_buffers.index(CONSUMER * (TILE_N // s.BOX) + i))
+            box = s.y_buffers.index(CONSUMER * (TILE_N // s.BOX) + i)
+            tma_store(desc, (off_m, IS_UP, off_n + i * s.BOX), box)
 
     @gluon.jit
-    def hopper_epilogue(acc, off_m, off_n, s, CONSUMER: gl.constexpr):
+    def hopper_epilogue(acc, scales, off_m, off_n, s, CONSUMER: gl.constexpr):
         """SiLU and the stores for one consumer's rows. acc holds a box of gate, the same of up, the next of gate..."""
         WIDTH: gl.constexpr = acc.shape[1] // 2
         gate, up = acc.reshape([ROWS, WIDTH // s.BOX, 2, s.BOX]).permute([0, 1, 3, 2]).reshape([ROWS, WIDTH, 2]).split()
-        offs_m = off_m + gl.arange(0, ROWS, gl.SliceLayout(1, gate.type.layout))
-        offs_n = off_n + gl.arange(0, WIDTH, gl.SliceLayout(0, gate.type.layout))
-        if s.gate_desc is not None:
-            hopper_store(gate, s.gate_desc, off_m, off_n, s, CONSUMER)
-            hopper_store(up, s.up_desc, off_m, off_n, s, CONSUMER)
-        hopper_store(silu_mul(gate, up, s.scales, offs_m, offs_n, s.M, s.N), s.y_desc, off_m, off_n, s, CONSUMER)
+        if s.gate_up_desc is not None:
+            hopper_store(gate, s.gate_up_desc, off_m, off_n, s, CONSUMER, 0)
+            hopper_store(up, s.gate_up_desc, off_m, off_n, s, CONSUMER, 1)
+        if len(scales) > 0:
+            COLUMN: gl.constexpr = gl.SliceLayout(0, gate.type.layout)
+            x_scale = gl.convert_layout(scales[0], gl.SliceLayout(1, gate.type.layout))
+            scales = x_scale, gl.convert_layout(scales[1], COLUMN), gl.convert_layout(scales[2], COLUMN)
+        hopper_store(silu_mul(gate, up, scales), s.y_desc, off_m, off_n, s, CONSUMER, 0)
 
     @gluon.jit
     def hopper_compute(step, off_m, off_n, s, CONSUMER: gl.constexpr, WIDTH: gl.constexpr):
         """One consumer's rows of WIDTH columns of y, and of gate and up where they are kept."""
         REST: gl.constexpr = WIDTH % 64  # an accumulator's width is a power of two: 96 columns take two of them
         MAIN: gl.constexpr = WIDTH - REST
-        acc = hopper_zeros(s, MAIN)
-        rest = hopper_zeros(s, REST) if REST else None
+        acc, scales = hopper_begin(off_m, off_n, s, MAIN)
+        rest, rest_scales = hopper_begin(off_m, off_n + MAIN, s, REST) if REST else ((), ())
         # ---- One K loop for both products ----
         for k in range(0, s.K, s.BOX_K):
             stage = step % STAGES
@@ -380,9 +398,10 @@ if gluon:
             step += 1
         acc = hopper.warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES))
-        hopper_epilogue(acc, off_m, off_n, s, CONSUMER)
+        hopper_epilogue(acc, scales, off_m, off_n, s, CONSUMER)
         if REST:
-            hopper_epilogue(hopper.warpgroup_mma_wait(0, [rest]), off_m, off_n + MAIN, s, CONSUMER)
+            rest = hopper.warpgroup_mma_wait(0, [rest])
+            hopper_epilogue(rest, rest_scales, off_m, off_n + MAIN, s, CONSUMER)
         return step
 
     @gluon.jit
@@ -408,21 +427,21 @@ if gluon:
 
     @gluon.jit(do_not_specialize=["M", "N", "K", "num_whole_n"])
     def swiglu_kernel_hopper(
-        x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
+        x_desc, w_gate_desc, w_up_desc, y_desc, gate_up_desc, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
         M, N, K, stride_sx, stride_sg, stride_su, num_whole_n, ROW_MAJOR: gl.constexpr
     ):  # fmt: skip
-        """As swiglu_kernel. Weights lie (N, K) in memory, with ROW_MAJOR (K, N). gate_desc and up_desc may be None.
+        """As swiglu_kernel. Weights lie (N, K) in memory, with ROW_MAJOR (K, N). gate_up_desc may be None.
 
         One warp loads, two consumers of four warps compute, joined by no barrier: one keeps the tensor cores busy while
         the other, up to STAGES behind, is in its epilogue (705 -> 676 us at M = 2048 against one of eight warps).
         """
         scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
-        BOX: gl.constexpr = y_desc.block_type.shape[1]
+        BOX: gl.constexpr = y_desc.block_type.shape[2]
         BOX_K: gl.constexpr = x_desc.block_type.shape[1]
         SHAPE_W: gl.constexpr = [STAGES * 2 * TILE_N // BOX] + w_gate_desc.block_type.shape  # noqa: RUF005
         x_buffers = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TILE_M, BOX_K], x_desc.layout)
         w_buffers = gl.allocate_shared_memory(x_desc.dtype, SHAPE_W, w_gate_desc.layout)
-        y_buffers = gl.allocate_shared_memory(y_desc.dtype, [CONSUMERS * TILE_N // BOX, ROWS, BOX], y_desc.layout)
+        y_buffers = gl.allocate_shared_memory(y_desc.dtype, [CONSUMERS * TILE_N // BOX, ROWS, 1, BOX], y_desc.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
@@ -430,8 +449,8 @@ if gluon:
             mbarrier.init(empty.index(stage), count=CONSUMERS)
         hopper.fence_async_shared()
         hopper_roles(Shared(
-            x_desc, w_gate_desc, w_up_desc, y_desc, gate_desc, up_desc, x_buffers, w_buffers, y_buffers, full, empty,
-            scales, M, N, K, num_whole_n, BOX, BOX_K, ROW_MAJOR,
+            x_desc, w_gate_desc, w_up_desc, y_desc, gate_up_desc, x_buffers, w_buffers, y_buffers, full, empty, scales,
+            M, N, K, num_whole_n, BOX, BOX_K, ROW_MAJOR,
         ))  # fmt: skip
 
 
@@ -522,26 +541,46 @@ _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at 
 
 def _launch_key(x, w_gate, w_up, keep, choice, *of_float8):
     """All that the checks, the choice of a configuration and Triton's specialization depend on."""
-    distance = w_up.data_ptr() - w_gate.data_ptr()
-    tensors = (x, w_gate, w_up) if of_float8[0] is None else (x, w_gate, w_up, *of_float8[:3])
-    return (
-        *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors],
+    gate_address, up_address = w_gate.data_ptr(), w_up.data_ptr()
+    distance, scales = up_address - gate_address, () if of_float8[0] is None else of_float8[:3]
+    return (  # one flat tuple: a loop over the three, with a tuple for each, takes half as long again
+        x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16,
+        w_gate.shape, w_gate.stride(), w_gate.dtype, w_gate.device, gate_address % 16,
+        w_up.shape, w_up.stride(), w_up.dtype, w_up.device, up_address % 16,
+        *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in scales],
         0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice, of_float8[3],
         x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # by all of PyTorch's settings
     )  # fmt: skip
 
 
-def _first_launch(key, launch, *arguments):
-    """Call launch(*arguments), and keep what it returns."""
-    try:
-        with _one_at_a_time, triton.knobs.amd.scope():
-            triton.knobs.amd.use_buffer_ops = False  # with them Triton 3.6 cannot select between w_gate_ptrs, w_up_ptrs
-            if len(_launchers) >= MAX_LAUNCHERS:
-                _launchers.clear()
-            _launchers[key] = launch(*arguments)
-    except (OSError, ValueError) as error:
-        folder = f"{triton.knobs.cache.dir} (TRITON_CACHE_DIR)"
-        raise RuntimeError(f"Triton failed: is its cache folder {folder} full, damaged, read-only? {error}") from error
+def _first_launch(launch, *arguments):
+    """launch(*arguments), which may compile and tune."""
+    with _one_at_a_time, triton.knobs.amd.scope():
+        triton.knobs.amd.use_buffer_ops = False  # with them Triton 3.6 cannot select between w_gate_ptrs, w_up_ptrs
+        if len(_launchers) >= MAX_LAUNCHERS:
+            _launchers.clear()
+        return launch(*arguments)
+
+
+def _launcher(compiled, index):
+    """A function that launches as compiled[grid](*arguments) does, on device `index`, with less around it."""
+    driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
+
+    def launch(grid, *arguments):
+        if torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                return compiled[grid](*arguments)
+        # A profiler's hooks want what is left out here. Another Triton may have none such, or another `run`.
+        if not (getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)):
+            try:
+                stream = driver.get_current_stream(index)
+                run, handles = compiled.run, (stream, compiled.function, compiled.packed_metadata)
+                return run(*grid, *handles, None, None, None, *arguments)
+            except (TypeError, AttributeError):
+                pass
+        compiled[grid](*arguments)
+
+    return launch
 
 
 def _forward(x, w_gate, w_up, keep, choice, *of_float8):
@@ -562,13 +601,13 @@ def _forward(x, w_gate, w_up, keep, choice, *of_float8):
     rows = x if x.dim() == 2 else x.reshape(-1, K)  # a copy where leading dimensions do not collapse
     if x.dim() != 2 and scales[0] is not None:
         scales[0] = scales[0].reshape(-1, 1)
+    if launch is not None:
+        launch(rows, w_gate, w_up, y, gate_up, *scales)
+        return y, gate_up
     with torch.cuda.device_of(x):
-        if launch is not None:
-            launch(rows, w_gate, w_up, y, gate_up, *scales)
-        elif choice == TUNED and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if choice == TUNED and x.is_cuda and torch.cuda.is_current_stream_capturing():
             return _forward(x, w_gate, w_up, keep, DEFAULT, *of_float8)
-        else:
-            _first_launch(key, _launch, choice, rows, w_gate, w_up, y, gate_up, *scales)
+        _launchers[key] = _first_launch(_launch, choice, rows, w_gate, w_up, y, gate_up, *scales)
     return y, gate_up
 
 
@@ -627,12 +666,13 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
             TUNER.nargs = TUNER.early_config_prune = None  # or they would keep this call's tensors
     if INTERPRETED:
         return None
-    run, names = compiled[grid(config.kwargs)], swiglu_kernel.arg_names
+    launch, programs, names = _launcher(compiled, x.device.index), grid(config.kwargs), swiglu_kernel.arg_names
     constants = (None,) * (len(names) - names.index("EVEN_K"))  # which the compiled kernel ignores
 
     def again(x, w_gate, w_up, *others):
-        descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
-        run(x, w_gate, w_up, *others, *scalars, *descriptors, *constants)
+        operands = {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up}
+        descriptors = _descriptors(config.kwargs | operands) if config.kwargs["TMA"] else (None, None)
+        launch(programs, x, w_gate, w_up, *others, *scalars, *descriptors, *constants)
 
     return again
 
@@ -657,21 +697,32 @@ def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
     grid = device_limits(x.device.index).num_sms, 1, 1
     num_whole_n, box = _last_wave(M, N, grid[0])
     box_k = 128 // x.element_size()  # the widest swizzle
-    box_w, box_y = (box_k, box) if row_major else (box, box_k), (ROWS.value, box)
+    box_w = (box_k, box) if row_major else (box, box_k)
 
-    def matrix(t, shape, stride, *block):
-        size = t.element_size()
-        return GluonTensorDescriptor(t, [*shape], [stride, 1], [*block], SWIZZLES[block[1] * size, 8 * size])
+    def describe(t, shape, strides, block):
+        layout = gl.NVMMASharedLayout(block[-1] * t.element_size(), 8 * t.element_size(), rank=len(shape))
+        return GluonTensorDescriptor(t, [*shape], [*strides], [*block], layout)
 
-    def arguments(x, w_gate, w_up, y, gate_up, *scales):
-        weights = (w_gate, w_up) if row_major else (w_gate.t(), w_up.t())
-        w_descs = [matrix(w, w.shape, w.stride(0), *box_w) for w in weights]
-        kept = [None, None] if gate_up is None else [matrix(t, (M, N), 2 * N, *box_y) for t in gate_up.chunk(2, 1)]
-        x_desc, y_desc = matrix(x, (M, K), x.stride(0), TILE_M.value, box_k), matrix(y, (M, N), N, *box_y)
-        return x_desc, *w_descs, y_desc, *kept, *scales, M, N, K, *strides, num_whole_n, row_major
+    def like(desc):
+        """A class of such descriptors of other tensors, unchecked, in a tenth of the time."""
+        # What GluonTensorDescriptor checks is dtype, shape, strides and alignment. _launch_key holds all of them.
+        changed = {"base": None, "__init__": lambda self, base: setattr(self, "base", base)}
+        return type("Like", (GluonTensorDescriptor,), vars(desc) | changed)
 
-    run = swiglu_kernel_hopper[grid](*arguments(x, w_gate, w_up, y, gate_up, *scales), **HOPPER_OPTIONS)[grid]
-    return lambda *tensors: run(*arguments(*tensors))
+    shape_w, dim_w = ((K, N), 0) if row_major else ((N, K), 1)
+    descriptors = [describe(x, (M, K), x.stride(), (TILE_M.value, box_k))]
+    descriptors += [describe(w, shape_w, (w.stride(dim_w), 1), box_w) for w in (w_gate, w_up)]
+    descriptors += [describe(y, (M, 1, N), (N, N, 1), (ROWS.value, 1, box))]
+    if gate_up is not None:
+        descriptors += [describe(gate_up, (M, 2, N), (2 * N, N, 1), (ROWS.value, 1, box))]
+    kept, scalars = [None] * (gate_up is None), (M, N, K, *strides, num_whole_n, row_major)
+    compiled = swiglu_kernel_hopper[grid](*descriptors, *kept, *scales, *scalars, **HOPPER_OPTIONS)
+    launch, classes = _launcher(compiled, x.device.index), [like(desc) for desc in descriptors]
+
+    def again(*tensors):
+        launch(grid, *[of(t) for of, t in zip(classes, tensors, strict=False)], *kept, *tensors[5:], *scalars)
+
+    return again
 
 
 def _brief(error):
@@ -712,16 +763,22 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
     tl.store(d_ptr + offs_up, dup.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-def _save_for_backward(ctx, inputs, output, overwrite=False):
-    if inputs[8] is not None:  # in an exported program, say
+def _with_columns(x, w_gate, w_up, linear):
+    """With weights (K, N). If these are no matrices, _check will say so."""
+    return (x, w_gate.mT, w_up.mT) if linear and w_gate.dim() == w_up.dim() == 2 else (x, w_gate, w_up)
+
+
+def _save_for_backward(ctx, inputs, output, overwrite=False, linear=False):
+    x, w_gate, w_up, keep, ctx.choice, *_, out_dtype = inputs
+    if out_dtype is not None:  # in an exported program, say
         raise NotImplementedError(NO_GRADIENT)
-    x, w_gate, w_up, keep, ctx.choice = inputs[:5]
     ctx.mark_non_differentiable(*(output[1:] if keep else ()))
     ctx.set_materialize_grads(False)  # or autograd would make zeros for gate_up's gradient
-    ctx.overwrite, ctx.linear = overwrite, w_gate.stride(0) == w_up.stride(0) == 1
-    needs_x, *needs_w = ctx.needs_input_grad[:3]
+    ctx.overwrite, ctx.linear, dim = overwrite, linear, int(linear)
+    ctx.along_k = w_gate.stride(dim) == w_up.stride(dim) == 1
+    needs_x, needs_gate, needs_up, *_ = ctx.needs_input_grad
     weights = (w_gate, w_up) if needs_x or not keep else (None, None)
-    ctx.save_for_backward(x if any(needs_w) or not keep else None, *weights, output[1] if keep else None)
+    ctx.save_for_backward(x if needs_gate or needs_up or not keep else None, *weights, output[1] if keep else None)
 
 
 def _backward(ctx, dy, *_):
@@ -734,38 +791,46 @@ def _backward(ctx, dy, *_):
     # dgate and dup take the place of gate and up unless these may be wanted again.
     overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
     ctx.maybe_clear_saved_tensors()  # not where the graph is retained
-    dispatched = _needs_dispatcher(dy, *((x, w_gate, w_up) if gate_up is None else (gate_up,)))
+    # Where no hook was there to hand out other ones, the saved tensors are those of the forward pass, which looked.
+    others = () if ctx.overwrite else (x, w_gate, w_up, gate_up)
+    dispatched = _needs_dispatcher(dy, *(t for t in others if t is not None))
     # With is_grads_batched=True, and for a dy that is a dual tensor
     dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy) or torch.autograd.forward_ad._current_level >= 0
     if gate_up is None:
-        gate_up = (swiglu_op if dispatched else _forward)(x, w_gate, w_up, True, ctx.choice, *NOT_FLOAT8)[1]
-    M, N = gate_up.shape[0], dy.shape[-1]
-    dy_rows, gate_up = dy.reshape(M, N), gate_up.contiguous()
+        recompute = swiglu_op if dispatched else _forward
+        gate_up = recompute(*_with_columns(x, w_gate, w_up, ctx.linear), True, ctx.choice, *NOT_FLOAT8)[1]
+    gate_up, leading = gate_up.contiguous(), dy.shape[:-1]
+    if len(leading) != 1:
+        M = gate_up.shape[0]
+        dy, x = dy.reshape(M, dy.shape[-1]), None if x is None else x.reshape(M, x.shape[-1])
     if dispatched or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter cuts bf16
         gate, up = gate_up.float().chunk(2, 1)
         s = torch.sigmoid(gate)
-        d = torch.cat([dy_rows * up * s * (1 + gate * (1 - s)), dy_rows * gate * s], dim=1).to(dy.dtype)
+        d = torch.cat([dy * up * s * (1 + gate * (1 - s)), dy * gate * s], dim=1).to(dy.dtype)
     else:
         d = gate_up if overwrite else torch.empty_like(gate_up)
         torch.autograd.graph.increment_version(d)  # of gate_up, which a Triton kernel changes unseen
-        _differentiate_activation(dy_rows.contiguous(), gate_up, d)
+        _differentiate_activation(dy.contiguous(), gate_up, d)
     del gate_up
 
-    def weight_gradient(d):  # (N, K) in memory if both weights are
-        rows = x.reshape(M, x.shape[-1])
-        return torch.mm(d.t(), rows).t() if ctx.linear else torch.mm(rows.t(), d)
+    def weight_gradients(d, count=1):
+        """(N, K) where the weights were given so, else (K, N); in memory as both weights."""
+        dw = torch.mm(d.t(), x) if ctx.along_k else torch.mm(x.t(), d).t()
+        return dw.chunk(count) if ctx.linear else [part.t() for part in dw.chunk(count)]
 
-    needs_x, needs_gate, needs_up = ctx.needs_input_grad[:3]
-    dx, (dgate, dup) = None, d.chunk(2, 1)
+    needs_x, needs_gate, needs_up, *_ = ctx.needs_input_grad
+    dx, dw_gate, dw_up, (dgate, dup) = None, None, None, d.chunk(2, 1)
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
         if needs_x:
             add = torch.addmm if dispatched else torch.Tensor.addmm_  # which FlopCounterMode does not know
-            dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t()).view(*dy.shape[:-1], w_gate.shape[0])
-        if ctx.linear and needs_gate and needs_up:  # one product, handed out in halves
-            dw_gate, dw_up = weight_gradient(d).chunk(2, 1)
+            w_gate, w_up = (w_gate, w_up) if ctx.linear else (w_gate.t(), w_up.t())
+            dx = add(torch.mm(dgate, w_gate), dup, w_up)
+            dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
+        if ctx.along_k and needs_gate and needs_up:  # one product, handed out in halves
+            dw_gate, dw_up = weight_gradients(d, 2)
         else:
-            dw_gate = weight_gradient(dgate) if needs_gate else None
-            dw_up = weight_gradient(dup) if needs_up else None
+            (dw_gate,) = weight_gradients(dgate) if needs_gate else (None,)
+            (dw_up,) = weight_gradients(dup) if needs_up else (None,)
     return dx, dw_gate, dw_up, *(None,) * 6
 
 
@@ -775,12 +840,13 @@ def _differentiate_activation(dy, gate_up, d):
     grid = (M * -(-N // BLOCK_N), 1, 1)  # triton.cdiv takes 5 us
     arguments = dy, gate_up, d, N, BLOCK_N
     key = dy.dtype, gate_up.dtype, dy.device, N, dy.data_ptr() % 16, gate_up.data_ptr() % 16, d.data_ptr() % 16
-    with torch.cuda.device_of(dy):
-        compiled = _launchers.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments)
-        elif d.numel():
-            _first_launch(key, functools.partial(swiglu_backward_kernel[grid], **FP_FUSION), *arguments)
+    launch = _launchers.get(key)
+    if launch is not None:
+        launch(grid, *arguments)
+    elif d.numel():
+        with torch.cuda.device_of(dy):
+            compiled = _first_launch(functools.partial(swiglu_backward_kernel[grid], **FP_FUSION), *arguments)
+        _launchers[key] = compiled and _launcher(compiled, dy.device.index)  # not by the interpreter
 
 
 # ---- The public function, and what autograd, torch.compile, torch.export and torch.vmap see ----
@@ -795,11 +861,10 @@ class EagerSwiGLU(torch.autograd.Function):
     """For eager autograd, without the operator's layers, of which each takes host time."""
 
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, cast, how):  # cast: all three as autocast wants them. Gradients are cast back
-        inputs = *cast, *how
-        output = _forward(*inputs)
+    def forward(ctx, x, w_gate, w_up, cast, linear, how):  # cast: all three as autocast wants them
+        output = _forward(*_with_columns(*cast, linear), *how)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # which may hold what is saved
-        _save_for_backward(ctx, inputs, output, overwrite=hooks is None)
+        _save_for_backward(ctx, (*cast, *how), output, overwrite=hooks is None, linear=linear)
         return output[0]
 
     backward = staticmethod(_backward)
@@ -845,13 +910,14 @@ def _autocast(t, dtype, dispatched):
 
 
 def fused_swiglu(
-    x, w_gate, w_up, *, scales=None, out_dtype=None, recompute=False, autotune=True, batch_invariant=False
+    x, w_gate, w_up, *, linear=False, scales=None, out_dtype=None, recompute=False, autotune=True, batch_invariant=False
 ):
     """``silu(x @ w_gate) * (x @ w_up)`` in one kernel (Shazeer 2020, https://arxiv.org/abs/2002.05202).
 
     Args:
         x: (..., K), bfloat16, float16, float32 or float8_e4m3fn, copied only where leading dimensions do not collapse.
         w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides; float8: those of `linear.weight.t()`.
+        linear: the weights are (N, K), as nn.Linear has them. With weight.t() a training step takes the host longer.
         scales: in float8, (x_scale, gate_scale, up_scale) of float32, by which x @ w_gate and x @ w_up are multiplied.
             Each is one number, or (..., 1) for x and (N,) or (1, N) for a weight. None: ones.
         out_dtype: in float8, the result's dtype: bfloat16 unless given, or float16 or float32.
@@ -873,15 +939,16 @@ def fused_swiglu(
     Raises:
         TypeError, ValueError: an argument has another type, dtype, device or shape than it should.
         NotImplementedError: under torch.vmap or forward-mode AD, or in a backward pass with create_graph=True.
-        RuntimeError: no configuration works here (one that fails is left out with a warning), or no cache folder.
+        RuntimeError: no configuration works here (one that fails is left out with a warning).
     """
     if scales is not None and not (isinstance(scales, (tuple, list)) and len(scales) == 3):
         raise ValueError("scales must be three tensors: of x, w_gate and w_up")
-    scales = scales or ()
-    for name, t in zip(ARGUMENTS[: 3 + len(scales)], (x, w_gate, w_up, *scales), strict=True):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
-    of_float8 = NOT_FLOAT8
+    scales, of_float8 = scales or (), NOT_FLOAT8
+    dispatched = _needs_dispatcher(x, w_gate, w_up, *scales)
+    if dispatched:
+        for name, t in zip(ARGUMENTS, (x, w_gate, w_up, *scales), strict=False):
+            if not isinstance(t, torch.Tensor):
+                raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
     if x.dtype == FLOAT8:
         if out_dtype not in (None, *RESULT_DTYPES):
             raise ValueError(f"out_dtype is {out_dtype}: expected one of {RESULT_DTYPES}")
@@ -891,17 +958,17 @@ def fused_swiglu(
         of_float8 = *(scales or NOT_FLOAT8[:3]), out_dtype or torch.bfloat16
     elif scales or out_dtype is not None:
         raise ValueError(f"scales or out_dtype were given, but x is {x.dtype}: they are for {FLOAT8}")
-    dispatched, device = _needs_dispatcher(x, w_gate, w_up, *scales), x.device.type
-    cast = x, w_gate, w_up
+    device, cast = "cuda" if x.is_cuda else x.device.type, (x, w_gate, w_up)  # the first takes a tenth of the second
     if x.dtype != FLOAT8 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         cast = tuple(_autocast(t, torch.get_autocast_dtype(device), dispatched) for t in cast)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)
     # An exported program mostly serves inference, though its weights require grad (is_exporting() holds in compile too)
     keep = needs_grad and not (recompute or torch.compiler._is_exporting_flag or torch.jit.is_tracing())
     choice = ONE_FOR_ALL_M if batch_invariant else TUNED if autotune else DEFAULT
+    if not dispatched and (needs_grad or torch.autograd.forward_ad._current_level >= 0):  # float8 has been refused then
+        return EagerSwiGLU.apply(x, w_gate, w_up, cast, linear, (keep, choice, *of_float8))
+    cast = _with_columns(*cast, linear)
     if dispatched:
         _check(*cast, *of_float8)
         return swiglu_op(*cast, keep, choice, *of_float8)[0]
-    if needs_grad or torch.autograd.forward_ad._current_level >= 0:  # float8 has been refused then
-        return EagerSwiGLU.apply(x, w_gate, w_up, cast, (keep, choice, *of_float8))
     return _forward(*cast, False, choice, *of_float8)[0]

@@ -48,29 +48,33 @@ class SwiGLUMLP(torch.nn.Module):
 
     def forward(self, x):
         packed = "gate_up_proj" in self._modules  # instead of the two, where replace_mlps found it
-        layers = [self.gate_up_proj] if packed else [self.gate_proj, self.up_proj]
-        if not all(map(_only_multiplies, layers)):
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if packed else (layer(x) for layer in layers)
-            return self.down_proj(silu(gate) * up)
-        weights = [layer.weight for layer in layers]
+        *layers, down_proj = [self._modules[name] for name in (PACKED_PROJECTIONS if packed else PROJECTIONS)]
+        weights = [_only_weight(layer) for layer in layers]
+        if any(w is None for w in weights) or torch.nn.modules.module._has_any_global_hook():
+            gate, up = layers[0](x).chunk(2, dim=-1) if packed else (layer(x) for layer in layers)
+            return down_proj(silu(gate) * up)
         if any(hasattr(w, "placements") for w in weights):  # of DTensor, whose import costs a while
             x, weights = _of_this_rank(x, self)
         w_gate, w_up = weights[0].chunk(2) if packed else weights
-        return self.down_proj(fused_swiglu(x, w_gate.t(), w_up.t(), recompute=self.recompute))
+        return down_proj(fused_swiglu(x, w_gate, w_up, linear=True, recompute=self.recompute))
 
 
-def _only_multiplies(layer):
-    """Whether a layer multiplies by its weight and does nothing else, so that it need not be called."""
-    if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in layer.__dict__:
-        return False
-    known = torch.nn.Parameter, torch.Tensor, torch._subclasses.FakeTensor  # and DTensor: no quantised weight
-    if type(layer.weight) not in known and not hasattr(layer.weight, "placements"):
-        return False
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    if torch.nn.Linear.forward is not LINEAR_FORWARD or torch.nn.modules.module._has_any_global_hook():
-        return False
-    # Tensor parallelism has hooks that spread x: see _of_this_rank, which does so.
-    return all(str(h.__module__).startswith("torch.distributed.tensor") for kind in hooks for h in kind.values())
+def _only_weight(layer):
+    """The weight of a layer that multiplies by it and does nothing else, so that it need not be called, or None."""
+    # Where nn.Module keeps them: each name that it has to find for layer.name takes as long as all the rest here.
+    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias", layer) is not None:
+        return None
+    if "forward" in layer.__dict__ or torch.nn.Linear.forward is not LINEAR_FORWARD:
+        return None
+    for kind in (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks):
+        for hook in kind.values() if kind else ():
+            # Tensor parallelism has hooks that spread x: see _of_this_rank, which does so.
+            if not str(hook.__module__).startswith("torch.distributed.tensor"):
+                return None
+    weight = layer._parameters.get("weight")
+    weight = layer.weight if weight is None else weight  # a tensor only, as of DataParallel
+    known = type(weight) is torch.nn.Parameter or type(weight) in (torch.Tensor, torch._subclasses.FakeTensor)
+    return weight if known or hasattr(weight, "placements") else None  # DTensor's; no quantised weight
 
 
 def _of_this_rank(x, mlp):

@@ -128,6 +128,27 @@ def test_only_what_is_needed(needs, layout, recompute):
     assert count.calls["addmm"] == needs[0] and count.calls["swiglu"] == recompute
 
 
+@both_ways
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_as_linear_layers_have_them(layout, recompute):
+    """The same bits as with weight.t(); the weights themselves are kept, and no view of them is in the graph."""
+    (x, *weights), dy = leaves_and_dy(20, K, N, torch.float32, layout)
+    weights = [w.detach().t().requires_grad_() for w in weights]
+    given = functools.partial(fused_swiglu, linear=True, recompute=recompute)
+    for mode in (contextlib.nullcontext(), CountCalls(), torch.autocast(DEVICE, torch.bfloat16)):
+        with mode:
+            ys = given(x, *weights), fused_swiglu(x, *(w.t() for w in weights), recompute=recompute)
+        gradients = [torch.autograd.grad(y, [x, *weights], dy.to(y.dtype)) for y in ys]
+        assert torch.equal(*ys) and all(map(torch.equal, *gradients))
+    saved, y = common.saved_by(lambda: given(x, *weights)), given(x, *weights)
+    assert all(any(t is w for t in saved) for w in weights)
+    assert [node.variable for node, _ in y.grad_fn.next_functions[:3]] == [x, *weights]
+    with torch.no_grad():
+        assert torch.equal(given(x, *weights), given(x, *weights))
+    with pytest.raises(ValueError, match=r"w_gate is \(1, "):
+        given(x, weights[0][None], weights[1])
+
+
 def test_without_gradients_nothing_is_kept(monkeypatch):
     leaves, kept, forward = common.leaves_of(5, 16, 24), [], fts._forward
     monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[3]) or forward(*args))

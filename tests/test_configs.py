@@ -283,7 +283,7 @@ def compile_everything(target):
             y, scales = y.to(torch.float32 if keep else torch.bfloat16), [torch.empty(size) for size in (M, N, N)]
             gate_up = None
         tensors = x, *weights, y, gate_up, *scales
-        judge(name, what, fts._first_launch, what, fts._launch, choice, *tensors, **options)
+        judge(name, what, fts._first_launch, fts._launch, choice, *tensors, **options)
 
     cases = [
         (kind, layout, config, precision)

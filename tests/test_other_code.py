@@ -281,7 +281,7 @@ def test_called_again_shared_and_compiled(compile, monkeypatch):
     mlp, x, calls = llama_mlp().to(DEVICE), randn(5, 4), []
     model = torch.nn.ModuleDict({"a": mlp, "b": torch.nn.Sequential(mlp), "c": compile(mlp)})
     y = model["c"](x)
-    monkeypatch.setattr("swiglu_mlp.fused_swiglu", lambda *args, **_: calls.append(1) or fused_swiglu(*args))
+    monkeypatch.setattr("swiglu_mlp.fused_swiglu", lambda *args, **kw: calls.append(1) or fused_swiglu(*args, **kw))
     assert replace_mlps(model)["a"] is mlp is model["b"][0] and type(mlp) is SwiGLUMLP and not mlp.recompute
     assert_close([model["c"](x)], [y])
     assert calls and replace_mlps(model, recompute=True)["a"].recompute and not replace_mlps(mlp).recompute

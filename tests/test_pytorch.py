@@ -124,7 +124,7 @@ def test_modes_and_subclasses_see_the_operator():
         wrapped = fused_swiglu(wrapper, *leaves[1:], recompute=recompute)
         assert torch.equal(wrapped, y) and wrapper.seen == ["swiglu"]
         wrapped.sum().backward()  # whose gradient is no wrapper
-        assert "reshape" in wrapper.seen or "view" in wrapper.seen or "t" in wrapper.seen
+        assert "mm" in wrapper.seen
     for keeping in (y, fused_swiglu(*leaves)):  # kept by the operator, and without it
         with CountCalls() as count:
             gradients = torch.autograd.grad(keeping, leaves, dy)

@@ -42,8 +42,11 @@ MUTANTS = {
     "rounded before SiLU": ("y = silu_mul(gate, up,", "y = silu_mul(gate.to(tl.float16).to(tl.float32), up,"),
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
     "a wrong derivative": ("dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy", "dy * up * sigmoid, dy"),
-    "dup left out of dx": ("dx = add(torch.mm(dgate, w_gate.t()), dup, w_up.t())", "dx = torch.mm(dgate, w_gate.t())"),
-    "gradients of the weights exchanged": ("dw_gate, dw_up = weight_gradient", "dw_up, dw_gate = weight_gradient"),
+    "dup left out of dx": ("dx = add(torch.mm(dgate, w_gate), dup, w_up)", "dx = torch.mm(dgate, w_gate)"),
+    "gradients of the weights exchanged": (
+        "dw_gate, dw_up = weight_gradients(d",
+        "dw_up, dw_gate = weight_gradients(d",
+    ),
     "gate and up overwritten, which the graph retains": ("d = gate_up if overwrite else torch.empty_like(", "d = ("),
 }
 # None that hangs: the steps of loads and products stay the same in number.
@@ -57,8 +60,9 @@ HOPPER_MUTANTS = {
     "96 columns, of which 32 go elsewhere": ("off_n + MAIN, s, CONSUMER)", "off_n, s, CONSUMER)"),
     "both consumers read the same rows": (".slice(CONSUMER * ROWS, ROWS)", ".slice(0, ROWS)"),
     "both consumers store the same rows": ("pid_m * TILE_M + ROLE * ROWS,", "pid_m * TILE_M,"),
-    "gate and up exchanged": ("silu_mul(gate, up, s.scales", "silu_mul(up, gate, s.scales"),
-    "gate kept in place of up": ("hopper_store(up, s.up_desc", "hopper_store(gate, s.up_desc"),
+    "gate and up exchanged": ("silu_mul(gate, up, scales), s", "silu_mul(up, gate, scales), s"),
+    "gate kept in place of up": ("hopper_store(up, s.gate_up_desc", "hopper_store(gate, s.gate_up_desc"),
+    "scales of another tile's columns": ("offs_n = off_n + gl.arange(", "offs_n = gl.arange("),
     "a store that is not waited for": ("        tma.store_wait(0)  # what was stored before has left the buffer\n", ""),
     "stages free too early": ("mbarrier.wait(s.empty.index(stage), step // STAGES & 1 ^ 1)", "pass"),
 }
