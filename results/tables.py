@@ -49,14 +49,21 @@ def label(name):
     return f"{run['dtype']}, {run.layout} weights, {run.K} x {run.N}{kind}"
 
 
+def host_times(name, text):
+    """`text` for each shape in which the host was timed, with the shape and each provider's microseconds."""
+    rows = read(name)
+    for shape, times in rows[rows.method == HOST].groupby(["M", "K", "N"]):
+        us = ", ".join(f"{row.provider} {row.ms * 1e3:.1f}" for row in times.itertuples())
+        yield text.format(", ".join(map(str, shape)), us)
+
+
 def recordings():
     """For each CSV of the benchmark: what it is, and a row for each provider and method, a column for each M."""
     sections = []
     for path in RECORDED:
         run = read(path.stem).iloc[-1]
         both = pd.notna(run.peak_mib)
-        host = times(path.stem, HOST).iloc[0]
-        host = f"Host time of a call, µs: {', '.join(f'{name} {us:.1f}' for name, us in host.items())}"
+        host = ". ".join(host_times(path.stem, "Host time of a call, µs (M, K, N = {}): {}"))
         tables = {f"{method}, µs": times(path.stem, method) for method in (CALLS, MODEL)}
         if both:
             tables |= {"MiB at most": by_m(path.stem, "peak_mib"), "MiB kept": by_m(path.stem, "kept_mib")}
@@ -84,12 +91,12 @@ def headline():
 
 
 def output():
-    first, calls, model, host = read(MAIN).iloc[0], times(MAIN), times(MAIN, MODEL), times(MAIN, HOST).iloc[0]
-    host = ", ".join(f"{name} {us:.1f}" for name, us in host.items())
+    first, calls, model = read(MAIN).iloc[0], times(MAIN), times(MAIN, MODEL)
+    host = "\n".join(host_times(MAIN, "host time of a call, us (M, K, N = ({})): {}"))
     medians = ", ".join(f"{name} {calls[name][512]:.1f} | {model[name][512]:.1f}" for name in calls)
     return f"""```
 {first.gpu}, PyTorch {first.torch}, Triton {first.triton}
-host time of a call, us (M, K, N = (1, 512, 512)): {host}
+{host}
 us {CALLS} | {MODEL}
 M =   512  {medians}
 ...

@@ -53,8 +53,8 @@ def test_a_run(passes, tmp_path):
     table = benchmark.read_run(path)
     assert (table.ms_p20 <= table.ms).all() and (table.ms <= table.ms_p80).all() and (table.ms > 0).all()
     host, table = table[table.method == HOST], table[table.method != HOST]
-    assert [*host.provider] == ["torch", "torch-compile", "fused"]
-    assert host.ms[host.provider == "fused"].item() < roundings  # ms, a pass or three: no tuning is in it
+    assert [*host.M] == [1] * 3 + [256] * 3 and [*host.provider] == ["torch", "torch-compile", "fused"] * 2
+    assert sum(line.startswith("host time of a call, us (M, K, N = ") for line in lines) == 2
     providers = benchmark.BACKWARD_PROVIDERS if options else benchmark.PROVIDERS
     timed = itertools.product((1, 65), (CALLS, MODEL), providers)
     assert [*zip(table.M, table.method, table.provider, strict=True)] == [*timed]
@@ -231,7 +231,8 @@ def run_by_rule(tmp_path, monkeypatch):
     seeming = {"CUDAGraph": Graph, "graph": capture, "graph_pool_handle": lambda: "shared", "Event": Event}
     seeming |= {"stream": contextlib.nullcontext, "Stream": lambda: None, "synchronize": lambda: None}
     seeming |= {"get_device_name": lambda: r"NVIDIA H100 80GB $\frac$"}
-    by_rule = {"check_contenders": check_contenders, "do_bench": do_bench, "MODEL_BYTES": 2**17, "HOST_CALLS": 1}
+    by_rule = {"check_contenders": check_contenders, "do_bench": do_bench, "MODEL_BYTES": 2**17}
+    by_rule |= {"HOST_SHAPES": ((2, 32, 48), (5, 32, 48)), "HOST_BLOCKS": 1, "HOST_CALLS": 1}
     by_rule |= {"measure_limits": lambda dtype: (2e4, 1.2e5), "run_interpreted": benchmark.run_on_gpu}
     by_rule |= {"memory_of": lambda run, leaves, dy: (run(leaves), (2, 1))[1]}  # MiB
     monkeypatch.setattr(benchmark.baseline, "differentiated", counted)
@@ -263,7 +264,9 @@ def test_rows_of_a_run(backward, tmp_path, run_by_rule, capsys):
     assert order[0 : 2 * count : 2] == graphs[:count] != order[2 * count : 4 * count : 2]  # other turns, another order
     assert {graph.pool for graph in graphs} == {"shared"} and gc.isenabled()
     table = benchmark.read_run(tmp_path / f"h100-80gb-frac-_bfloat16_linear_64x96{'_backward' * backward}.csv")
-    table = table[table.method != HOST]
+    host, table = table[table.method == HOST], table[table.method != HOST]
+    assert [*host.M] == [2] * 3 + [5] * 3 and [*host.provider] == ["torch", "torch-compile", "fused"] * 2
+    assert len(re.findall(r"^host time of a call, us \(M, K, N = \([25], 32, 48\)\): torch \d", out, re.MULTILINE)) == 2
     assert [*table.provider.unique()] == [*providers]
     assert not backward or ((table.peak_mib == 2) & (table.kept_mib == 1)).all()
     nth = table.M.map({3: 1, 17: 2})

@@ -4,7 +4,6 @@ import functools
 import gc
 import re
 import sys
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import MagicMock
@@ -186,18 +185,14 @@ def test_when_tuning_happens(timed):
     assert 0 == counts[0] < counts[1] == counts[2] == counts[3] < counts[4]  # 513..1024 are one bucket
 
 
-@needs_gpu
-def test_tuning_times_the_gpu_alone():
-    """Not the host, which is busy for 0.1 ms here: longer than the flush of the cache, which would hide it."""
-    x = torch.zeros(8, device=DEVICE)
-
-    def call():
-        end = time.perf_counter() + 1e-4
-        while time.perf_counter() < end:
-            pass
-        x.add_(1)
-
-    assert fts._time_on_gpu(call, (0.5, 0.8))[0] < 0.03
+def test_tuning_times_the_gpu_alone(monkeypatch):
+    """Not the host: the GPU sleeps until calls are queued, after do_bench's estimate and once in 64 calls."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(fts.triton.testing, "do_bench", lambda run, quantiles: [run() for _ in range(6 + 130)])
+    fts._time_on_gpu(lambda: order.append("call"), (0.5, 0.8))
+    calls = [sum(what == "call" for what in order[:i]) for i, what in enumerate(order) if what == "sleep"]
+    assert calls == [6, 70, 134]
 
 
 @needs_gpu
