@@ -539,7 +539,7 @@ MAX_LAUNCHERS = 4096  # of some KB each; a server meets every M there is
 _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at in itself
 
 
-def _launch_key(x, w_gate, w_up, keep, choice, *of_float8):
+def _launch_key(x, w_gate, w_up, linear, keep, choice, *of_float8):
     """All that the checks, the choice of a configuration and Triton's specialization depend on."""
     gate_address, up_address = w_gate.data_ptr(), w_up.data_ptr()
     distance, scales = up_address - gate_address, () if of_float8[0] is None else of_float8[:3]
@@ -548,7 +548,7 @@ def _launch_key(x, w_gate, w_up, keep, choice, *of_float8):
         w_gate.shape, w_gate.stride(), w_gate.dtype, w_gate.device, gate_address % 16,
         w_up.shape, w_up.stride(), w_up.dtype, w_up.device, up_address % 16,
         *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in scales],
-        0 < distance < MAX_STEP, -MAX_STEP < distance < 0, keep, choice, of_float8[3],
+        0 < distance < MAX_STEP, -MAX_STEP < distance < 0, linear, keep, choice, of_float8[3],
         x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision,  # by all of PyTorch's settings
     )  # fmt: skip
 
@@ -560,6 +560,15 @@ def _first_launch(launch, *arguments):
         if len(_launchers) >= MAX_LAUNCHERS:
             _launchers.clear()
         return launch(*arguments)
+
+
+def _like(desc):
+    """A class of descriptors like this one, of other tensors: unchecked, in a tenth of the time.
+
+    What a descriptor's class checks is dtype, shape, strides and alignment. _launch_key holds all of them.
+    """
+    changed = {"base": None, "__init__": lambda self, base: setattr(self, "base", base)}
+    return type("Like", (type(desc),), vars(desc) | changed)
 
 
 def _launcher(compiled, index):
@@ -583,20 +592,26 @@ def _launcher(compiled, index):
     return launch
 
 
-def _forward(x, w_gate, w_up, keep, choice, *of_float8):
+def _with_columns(w_gate, w_up, linear):
+    """The weights as (K, N). If these are no matrices, _check will say so."""
+    return (w_gate.t(), w_up.t()) if linear and w_gate.dim() == w_up.dim() == 2 else (w_gate, w_up)
+
+
+def _forward(x, w_gate, w_up, linear, keep, choice, *of_float8):
     """y (..., N), and gate_up (M, 2N), gate beside up, or None if it is not to be kept."""
-    key = _launch_key(x, w_gate, w_up, keep, choice, *of_float8)
+    key = _launch_key(x, w_gate, w_up, linear, keep, choice, *of_float8)
     *scales, out_dtype = of_float8
     launch = _launchers.get(key)
     if launch is None:
+        w_gate, w_up = _with_columns(w_gate, w_up, linear)
         _check(x, w_gate, w_up, *of_float8)
-    K, N = w_gate.shape
+    K, N = x.shape[-1], w_gate.shape[0 if linear and launch else 1]
     y = x.new_empty((*x.shape[:-1], N), dtype=out_dtype)
     gate_up = x.new_empty((math.prod(x.shape[:-1]), 2 * N)) if keep else None
     if launch is None and (K == 0 or y.numel() == 0):
         return y.zero_(), gate_up
     if INTERPRETED and x.dtype in (torch.bfloat16, FLOAT8):  # of which its products are garbage (Triton 3.5 to 3.9)
-        in_float32 = _forward(x.float(), w_gate.float(), w_up.float(), keep, choice, *scales, None)
+        in_float32 = _forward(x.float(), w_gate.float(), w_up.float(), False, keep, choice, *scales, None)
         return tuple(t if t is None else t.to(y.dtype) for t in in_float32)
     rows = x if x.dim() == 2 else x.reshape(-1, K)  # a copy where leading dimensions do not collapse
     if x.dim() != 2 and scales[0] is not None:
@@ -606,7 +621,7 @@ def _forward(x, w_gate, w_up, keep, choice, *of_float8):
         return y, gate_up
     with torch.cuda.device_of(x):
         if choice == TUNED and x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return _forward(x, w_gate, w_up, keep, DEFAULT, *of_float8)
+            return _forward(x, w_gate, w_up, False, keep, DEFAULT, *of_float8)
         _launchers[key] = _first_launch(_launch, choice, rows, w_gate, w_up, y, gate_up, *scales)
     return y, gate_up
 
@@ -617,7 +632,10 @@ def _scale_strides(*scales):
 
 
 def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
-    """Fill y and gate_up, none of them empty. Returns a function that does it again, or None if there is none."""
+    """Fill y and gate_up, none of them empty. Returns what does it again, or None if there is nothing that does.
+
+    That takes the weights as they were given, also (N, K): only a tensor's address counts then.
+    """
     global gluon
     (M, K), N, device = x.shape, w_gate.shape[1], device_limits(x.device.index)
     hopper_weights = hopper_layout(x, w_gate, w_up, device, any_m=choice == ONE_FOR_ALL_M)
@@ -669,10 +687,16 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     launch, programs, names = _launcher(compiled, x.device.index), grid(config.kwargs), swiglu_kernel.arg_names
     constants = (None,) * (len(names) - names.index("EVEN_K"))  # which the compiled kernel ignores
 
+    descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
+    x_like, w_like = (desc and _like(desc) for desc in descriptors)
+
     def again(x, w_gate, w_up, *others):
-        operands = {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up}
-        descriptors = _descriptors(config.kwargs | operands) if config.kwargs["TMA"] else (None, None)
-        launch(programs, x, w_gate, w_up, *others, *scalars, *descriptors, *constants)
+        x_desc, w_desc = x_like and x_like(x), None
+        if w_like:
+            first, second = (w_up, w_gate) if up_first else (w_gate, w_up)
+            w_desc = w_like(first)
+            w_desc.strides = [(second.data_ptr() - first.data_ptr()) // first.element_size(), *w_desc.strides[1:]]
+        launch(programs, x, w_gate, w_up, *others, *scalars, x_desc, w_desc, *constants)
 
     return again
 
@@ -703,12 +727,6 @@ def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
         layout = gl.NVMMASharedLayout(block[-1] * t.element_size(), 8 * t.element_size(), rank=len(shape))
         return GluonTensorDescriptor(t, [*shape], [*strides], [*block], layout)
 
-    def like(desc):
-        """A class of such descriptors of other tensors, unchecked, in a tenth of the time."""
-        # What GluonTensorDescriptor checks is dtype, shape, strides and alignment. _launch_key holds all of them.
-        changed = {"base": None, "__init__": lambda self, base: setattr(self, "base", base)}
-        return type("Like", (GluonTensorDescriptor,), vars(desc) | changed)
-
     shape_w, dim_w = ((K, N), 0) if row_major else ((N, K), 1)
     descriptors = [describe(x, (M, K), x.stride(), (TILE_M.value, box_k))]
     descriptors += [describe(w, shape_w, (w.stride(dim_w), 1), box_w) for w in (w_gate, w_up)]
@@ -717,7 +735,7 @@ def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
         descriptors += [describe(gate_up, (M, 2, N), (2 * N, N, 1), (ROWS.value, 1, box))]
     kept, scalars = [None] * (gate_up is None), (M, N, K, *strides, num_whole_n, row_major)
     compiled = swiglu_kernel_hopper[grid](*descriptors, *kept, *scales, *scalars, **HOPPER_OPTIONS)
-    launch, classes = _launcher(compiled, x.device.index), [like(desc) for desc in descriptors]
+    launch, classes = _launcher(compiled, x.device.index), [_like(desc) for desc in descriptors]
 
     def again(*tensors):
         launch(grid, *[of(t) for of, t in zip(classes, tensors, strict=False)], *kept, *tensors[5:], *scalars)
@@ -763,11 +781,6 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
     tl.store(d_ptr + offs_up, dup.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-def _with_columns(x, w_gate, w_up, linear):
-    """With weights (K, N). If these are no matrices, _check will say so."""
-    return (x, w_gate.mT, w_up.mT) if linear and w_gate.dim() == w_up.dim() == 2 else (x, w_gate, w_up)
-
-
 def _save_for_backward(ctx, inputs, output, overwrite=False, linear=False):
     x, w_gate, w_up, keep, ctx.choice, *_, out_dtype = inputs
     if out_dtype is not None:  # in an exported program, say
@@ -797,8 +810,11 @@ def _backward(ctx, dy, *_):
     # With is_grads_batched=True, and for a dy that is a dual tensor
     dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy) or torch.autograd.forward_ad._current_level >= 0
     if gate_up is None:
-        recompute = swiglu_op if dispatched else _forward
-        gate_up = recompute(*_with_columns(x, w_gate, w_up, ctx.linear), True, ctx.choice, *NOT_FLOAT8)[1]
+        options = True, ctx.choice, *NOT_FLOAT8
+        if dispatched:
+            gate_up = swiglu_op(x, *_with_columns(w_gate, w_up, ctx.linear), *options)[1]
+        else:
+            gate_up = _forward(x, w_gate, w_up, ctx.linear, *options)[1]
     gate_up, leading = gate_up.contiguous(), dy.shape[:-1]
     if len(leading) != 1:
         M = gate_up.shape[0]
@@ -862,7 +878,7 @@ class EagerSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_gate, w_up, cast, linear, how):  # cast: all three as autocast wants them
-        output = _forward(*_with_columns(*cast, linear), *how)
+        output = _forward(*cast, linear, *how)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # which may hold what is saved
         _save_for_backward(ctx, (*cast, *how), output, overwrite=hooks is None, linear=linear)
         return output[0]
@@ -878,7 +894,7 @@ def swiglu_op(
     gate_scale: torch.Tensor | None, up_scale: torch.Tensor | None, out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _refuse_forward_mode()  # PyTorch would take it for zero. Whether any is wanted cannot be seen here
-    y, gate_up = _forward(x, w_gate, w_up, keep, choice, x_scale, gate_scale, up_scale, out_dtype)
+    y, gate_up = _forward(x, w_gate, w_up, False, keep, choice, x_scale, gate_scale, up_scale, out_dtype)
     return y, x.new_empty((0, 2 * w_gate.shape[1])) if gate_up is None else gate_up  # operators return tensors only
 
 
@@ -967,8 +983,8 @@ def fused_swiglu(
     choice = ONE_FOR_ALL_M if batch_invariant else TUNED if autotune else DEFAULT
     if not dispatched and (needs_grad or torch.autograd.forward_ad._current_level >= 0):  # float8 has been refused then
         return EagerSwiGLU.apply(x, w_gate, w_up, cast, linear, (keep, choice, *of_float8))
-    cast = _with_columns(*cast, linear)
     if dispatched:
+        cast = cast[0], *_with_columns(*cast[1:], linear)
         _check(*cast, *of_float8)
         return swiglu_op(*cast, keep, choice, *of_float8)[0]
-    return _forward(*cast, False, choice, *of_float8)[0]
+    return _forward(*cast, linear, False, choice, *of_float8)[0]

@@ -151,7 +151,7 @@ def test_weights_as_linear_layers_have_them(layout, recompute):
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
     leaves, kept, forward = common.leaves_of(5, 16, 24), [], fts._forward
-    monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[3]) or forward(*args))
+    monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[4]) or forward(*args))
     fused_swiglu(*(t.detach() for t in leaves))
     with torch.inference_mode():
         fused_swiglu(*(t.clone() for t in leaves))

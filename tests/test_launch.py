@@ -71,11 +71,11 @@ def test_launch_key_tells_apart():
     """A compiled launch is reused under its key: whatever it depends on must change the key."""
     inputs = make_inputs(64, 72, 136, FP32, "linear", DEVICE)
 
-    def key(x=inputs[0], w_gate=inputs[1], w_up=inputs[2], keep=False, choice=fts.TUNED):
-        return fts._launch_key(x, w_gate, w_up, keep, choice, *fts.NOT_FLOAT8)
+    def key(x=inputs[0], w_gate=inputs[1], w_up=inputs[2], linear=False, keep=False, choice=fts.TUNED):
+        return fts._launch_key(x, w_gate, w_up, linear, keep, choice, *fts.NOT_FLOAT8)
 
     keys = [key(), key(*inputs[:1], *inputs[:0:-1]), key(keep=True), key(choice=fts.DEFAULT)]
-    keys += [key(choice=fts.ONE_FOR_ALL_M), key(w_up=inputs[1])]
+    keys += [key(choice=fts.ONE_FOR_ALL_M), key(linear=True), key(w_up=inputs[1])]
     for name, t in zip(("x", "w_gate", "w_up"), inputs, strict=True):
         room = torch.empty(2 * t.numel() + 1, device=DEVICE)
         # Among them all that a descriptor is checked for, in the first launch only: shape, strides, dtype, address

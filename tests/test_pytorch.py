@@ -68,7 +68,7 @@ def test_what_a_compiled_forward_pass_keeps(recompute, monkeypatch):
     """gate and up, to be read in the backward pass; or nothing, to be computed there. Divided as Inductor does."""
     torch._dynamo.reset()
     kept, forward = [], fts._forward
-    monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[3]) or forward(*args))
+    monkeypatch.setattr(fts, "_forward", lambda *args: kept.append(args[4]) or forward(*args))
     run = functools.partial(fused_swiglu, recompute=recompute)
     y = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition")(*leaves_of(5, 16, 24))
     assert kept == [not recompute]
