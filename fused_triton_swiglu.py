@@ -576,18 +576,15 @@ def _launcher(compiled, index):
     driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
 
     def launch(grid, *arguments):
-        if torch.cuda.current_device() != index:
-            with torch.cuda.device(index):
-                return compiled[grid](*arguments)
-        # A profiler's hooks want what is left out here. Another Triton may have none such, or another `run`.
-        if not (getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)):
+        hooked = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
+        if torch.cuda.current_device() == index and not hooked:  # a profiler's hooks want what is left out here
             try:
-                stream = driver.get_current_stream(index)
-                run, handles = compiled.run, (stream, compiled.function, compiled.packed_metadata)
-                return run(*grid, *handles, None, None, None, *arguments)
-            except (TypeError, AttributeError):
+                handles = driver.get_current_stream(index), compiled.function, compiled.packed_metadata
+                return compiled.run(*grid, *handles, None, None, None, *arguments)
+            except (TypeError, AttributeError):  # another Triton's `run` wants other arguments
                 pass
-        compiled[grid](*arguments)
+        with torch.cuda.device(index):
+            compiled[grid](*arguments)
 
     return launch
 

@@ -1,5 +1,6 @@
 """Tests of what a later call may reuse, of when tuning happens, and of what happens when something goes wrong."""
 
+import contextlib
 import functools
 import gc
 import re
@@ -90,10 +91,12 @@ def test_launch_key_tells_apart():
 
 
 def test_a_later_launch_leaves_out_what_serves_nobody(monkeypatch):
-    """`run` is Triton's own: where there are hooks, or where it is another one, compiled[grid] launches."""
+    """`run` is Triton's own: on another device, with hooks, or where it is another one, compiled[grid] launches."""
     compiled, hooks = MagicMock(), fts.triton.knobs.runtime.launch_enter_hook
     monkeypatch.setattr(fts.triton.runtime, "driver", MagicMock())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    devices = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext(devices.append(index)))
     launch, ways = fts._launcher(compiled, 0), []
     compiled.run.side_effect = lambda *args: ways.append(("run", *args[:3], *args[-2:]))
     compiled.__getitem__.side_effect = lambda grid: lambda *args: ways.append(("[]", *grid, *args))
@@ -101,9 +104,12 @@ def test_a_later_launch_leaves_out_what_serves_nobody(monkeypatch):
     hooks.add(print)
     launch((1, 2, 3), 4, 5)
     hooks.remove(print)
+    devices.append(1)
+    launch((1, 2, 3), 4, 5)
+    assert devices[-1] == 0
     compiled.run.side_effect = TypeError("an argument more")
     launch((1, 2, 3), 4, 5)
-    assert ways == [(way, 1, 2, 3, 4, 5) for way in ("run", "[]", "[]")]
+    assert ways == [(way, 1, 2, 3, 4, 5) for way in ("run", "[]", "[]", "[]")]
 
 
 @needs_gpu
