@@ -814,8 +814,7 @@ def _backward(ctx, dy, *_):
             gate_up = _forward(x, w_gate, w_up, ctx.linear, *options)[1]
     gate_up, leading = gate_up.contiguous(), dy.shape[:-1]
     if len(leading) != 1:
-        M = gate_up.shape[0]
-        dy, x = dy.reshape(M, dy.shape[-1]), None if x is None else x.reshape(M, x.shape[-1])
+        dy, x = (t if t is None else t.reshape(gate_up.shape[0], t.shape[-1]) for t in (dy, x))
     if dispatched or (INTERPRETED and dy.dtype == torch.bfloat16):  # a compiler fuses it; the interpreter cuts bf16
         gate, up = gate_up.float().chunk(2, 1)
         s = torch.sigmoid(gate)
@@ -826,13 +825,13 @@ def _backward(ctx, dy, *_):
         _differentiate_activation(dy.contiguous(), gate_up, d)
     del gate_up
 
-    def weight_gradients(d, count=1):
-        """(N, K) where the weights were given so, else (K, N); in memory as both weights."""
+    def weight_gradient(d):
+        """Of the weights' shape, and in memory as both of them."""
         dw = torch.mm(d.t(), x) if ctx.along_k else torch.mm(x.t(), d).t()
-        return dw.chunk(count) if ctx.linear else [part.t() for part in dw.chunk(count)]
+        return dw if ctx.linear else dw.t()
 
     needs_x, needs_gate, needs_up, *_ = ctx.needs_input_grad
-    dx, dw_gate, dw_up, (dgate, dup) = None, None, None, d.chunk(2, 1)
+    dx, (dgate, dup) = None, d.chunk(2, 1)
     with torch._C._DisableAutocast():  # torch.autocast(enabled=False) takes four times as long
         if needs_x:
             add = torch.addmm if dispatched else torch.Tensor.addmm_  # which FlopCounterMode does not know
@@ -840,10 +839,10 @@ def _backward(ctx, dy, *_):
             dx = add(torch.mm(dgate, w_gate), dup, w_up)
             dx = dx if len(leading) == 1 else dx.view(*leading, dx.shape[1])
         if ctx.along_k and needs_gate and needs_up:  # one product, handed out in halves
-            dw_gate, dw_up = weight_gradients(d, 2)
+            dw_gate, dw_up = weight_gradient(d).chunk(2, 0 if ctx.linear else 1)
         else:
-            (dw_gate,) = weight_gradients(dgate) if needs_gate else (None,)
-            (dw_up,) = weight_gradients(dup) if needs_up else (None,)
+            dw_gate = weight_gradient(dgate) if needs_gate else None
+            dw_up = weight_gradient(dup) if needs_up else None
     return dx, dw_gate, dw_up, *(None,) * 6
 
 

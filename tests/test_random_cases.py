@@ -43,10 +43,7 @@ MUTANTS = {
     "backward columns not masked": ("dup.to(d_ptr.dtype.element_ty), mask=mask", "dup.to(d_ptr.dtype.element_ty)"),
     "a wrong derivative": ("dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy", "dy * up * sigmoid, dy"),
     "dup left out of dx": ("dx = add(torch.mm(dgate, w_gate), dup, w_up)", "dx = torch.mm(dgate, w_gate)"),
-    "gradients of the weights exchanged": (
-        "dw_gate, dw_up = weight_gradients(d",
-        "dw_up, dw_gate = weight_gradients(d",
-    ),
+    "gradients of the weights exchanged": ("dw_gate, dw_up = weight_gradient", "dw_up, dw_gate = weight_gradient"),
     "gate and up overwritten, which the graph retains": ("d = gate_up if overwrite else torch.empty_like(", "d = ("),
 }
 # None that hangs: the steps of loads and products stay the same in number.
