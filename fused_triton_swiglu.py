@@ -359,8 +359,7 @@ if gluon:
         wide.index(CONSUMER * (TILE_N // WIDTH)).store(values.to(desc.dtype))
         hopper.fence_async_shared()
         for i in gl.static_range(WIDTH // s.BOX):
-            box = s.y_buffers.index(CONSUMER * (TILE_N // s.BOX) + i)
-            tma_store(desc, (off_m, IS_UP, off_n + i * s.BOX), box)
+            tma_store(desc, (off_m, IS_UP, off_n + i * s.BOX), s.y_buffers.index(CONSUMER * (TILE_N // s.BOX) + i))
 
     @gluon.jit
     def hopper_epilogue(acc, scales, off_m, off_n, s, CONSUMER: gl.constexpr):
@@ -400,8 +399,7 @@ if gluon:
         mbarrier.arrive(s.empty.index((step + STAGES - 1) % STAGES))
         hopper_epilogue(acc, scales, off_m, off_n, s, CONSUMER)
         if REST:
-            rest = hopper.warpgroup_mma_wait(0, [rest])
-            hopper_epilogue(rest, rest_scales, off_m, off_n + MAIN, s, CONSUMER)
+            hopper_epilogue(hopper.warpgroup_mma_wait(0, [rest]), rest_scales, off_m, off_n + MAIN, s, CONSUMER)
         return step
 
     @gluon.jit
