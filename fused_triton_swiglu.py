@@ -130,12 +130,15 @@ def grouped_tile(tile, num_pid_m, num_pid_n):
 
 @triton.jit
 def load_scales(scales, offs_m, offs_n, M, N):
-    """Of x's rows and of both weights' columns."""
+    """Those of x's rows and of both weights' columns, or nothing where there are none."""
     x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su = scales
-    offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
-    x_scale = tl.load(x_scale_ptr + offs_m * stride_sx, mask=offs_m < M)
-    gate_scale = tl.load(gate_scale_ptr + offs_n * stride_sg, mask=offs_n < N)
-    return x_scale, gate_scale, tl.load(up_scale_ptr + offs_n * stride_su, mask=offs_n < N)
+    loaded = ()
+    if x_scale_ptr is not None:
+        offs_m, offs_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
+        x_scale = tl.load(x_scale_ptr + offs_m * stride_sx, mask=offs_m < M)
+        gate_scale = tl.load(gate_scale_ptr + offs_n * stride_sg, mask=offs_n < N)
+        loaded = x_scale, gate_scale, tl.load(up_scale_ptr + offs_n * stride_su, mask=offs_n < N)
+    return loaded
 
 
 @triton.jit
@@ -262,7 +265,7 @@ def swiglu_kernel(
             tl.store(gate_ptrs, gate.to(y_ptr.dtype.element_ty), mask=mask_y)
             tl.store(gate_ptrs + N, up.to(y_ptr.dtype.element_ty), mask=mask_y)
         scales = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su)
-        y = silu_mul(gate, up, load_scales(scales, offs_m, offs_n, M, N) if x_scale_ptr is not None else ())
+        y = silu_mul(gate, up, load_scales(scales, offs_m, offs_n, M, N))
         tl.store(y_ptr + rows * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -326,16 +329,13 @@ if gluon:
 
     @gluon.jit
     def hopper_begin(off_m, off_n, s, WIDTH: gl.constexpr):
-        """An accumulator for WIDTH columns of both weights; in float8 the scales of its rows and columns, else None."""
+        """An accumulator for WIDTH columns of both weights, and the scales of its rows and of these columns."""
         ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * WIDTH, s.BOX_K // 4])  # 32 bytes of K
-        scales = ()
-        if s.scales[0] is not None:
-            # Here, where nobody waits for them, and each column's in one thread only: loaded in the epilogue, where all
-            # threads want them, they took 6 % of the time (H200).
-            offs_m = off_m + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-            offs_n = off_n + gl.arange(0, WIDTH, gl.BlockedLayout([1], [32], [4], [0]))
-            scales = load_scales(s.scales, offs_m, offs_n, s.M, s.N)
-        return gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC), scales
+        # Scales are loaded before the main loop and each column's by one thread: loaded by all threads that want it,
+        # in the epilogue, they took 6 % of the time (H200).
+        offs_m = off_m + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+        offs_n = off_n + gl.arange(0, WIDTH, gl.BlockedLayout([1], [32], [4], [0]))
+        return gl.zeros([ROWS, 2 * WIDTH], gl.float32, ACC), load_scales(s.scales, offs_m, offs_n, s.M, s.N)
 
     @gluon.jit
     def hopper_dot(stage, acc, use_acc, s, CONSUMER: gl.constexpr, FIRST: gl.constexpr):
