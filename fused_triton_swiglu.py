@@ -160,9 +160,8 @@ def round_to_tf32(a):
 def tf32_parts(a):
     """fp32 numbers as the sum of two: one of 10 bits, which the tensor cores take as it is, and the rest.
 
-    Multiplied by 1.00045 and cut off, a number is rounded, on average nearly as well as with half a unit added, and
-    unchanged if it has 10 bits. mul.rz rounds to zero, so none gets infinite: comparing for that took 128 us at M = 1
-    (H200), this 114.
+    Multiplied by 1.00045 and cut off, a number is rounded nearly as well as with half a unit added, and unchanged if it
+    has 10 bits. mul.rz rounds to zero, so none gets infinite (114 us at M = 1 on an H200; comparing for that 128).
     """
     big = tl.inline_asm_elementwise(
         "mul.rz.f32 $0, $1, 0f3F800EBF; and.b32 $0, $0, -8192;", "=r,r", [a], dtype=tl.float32, is_pure=True, pack=1
@@ -799,7 +798,7 @@ def _backward(ctx, dy, *_):
     # dgate and dup take the place of gate and up unless these may be wanted again.
     overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
     ctx.maybe_clear_saved_tensors()  # not where the graph is retained
-    # Where no hook was there to hand out other ones, the saved tensors are those of the forward pass, which looked.
+    # Without saved-tensor hooks these are the forward pass's own tensors, at which it has looked.
     others = () if ctx.overwrite else (x, w_gate, w_up, gate_up)
     dispatched = _needs_dispatcher(dy, *(t for t in others if t is not None))
     # With is_grads_batched=True, and for a dy that is a dual tensor
@@ -926,8 +925,8 @@ def fused_swiglu(
 
     Args:
         x: (..., K), bfloat16, float16, float32 or float8_e4m3fn, copied only where leading dimensions do not collapse.
-        w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides; float8: those of `linear.weight.t()`.
-        linear: the weights are (N, K), as nn.Linear has them. With weight.t() a training step takes the host longer.
+        w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides; float8: those of `weight.t()`.
+        linear: the weights are (N, K), as nn.Linear has them: a training step takes the host less time than with t().
         scales: in float8, (x_scale, gate_scale, up_scale) of float32, by which x @ w_gate and x @ w_up are multiplied.
             Each is one number, or (..., 1) for x and (N,) or (1, N) for a weight. None: ones.
         out_dtype: in float8, the result's dtype: bfloat16 unless given, or float16 or float32.
@@ -968,7 +967,7 @@ def fused_swiglu(
         of_float8 = *(scales or NOT_FLOAT8[:3]), out_dtype or torch.bfloat16
     elif scales or out_dtype is not None:
         raise ValueError(f"scales or out_dtype were given, but x is {x.dtype}: they are for {FLOAT8}")
-    device, cast = "cuda" if x.is_cuda else x.device.type, (x, w_gate, w_up)  # the first takes a tenth of the second
+    device, cast = "cuda" if x.is_cuda else x.device.type, (x, w_gate, w_up)  # is_cuda takes a tenth of it
     if x.dtype != FLOAT8 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         cast = tuple(_autocast(t, torch.get_autocast_dtype(device), dispatched) for t in cast)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)

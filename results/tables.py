@@ -52,8 +52,8 @@ def label(name):
 def host_times(name, text):
     """`text` for each shape in which the host was timed, with the shape and each provider's microseconds."""
     rows = read(name)
-    for shape, times in rows[rows.method == HOST].groupby(["M", "K", "N"]):
-        us = ", ".join(f"{row.provider} {row.ms * 1e3:.1f}" for row in times.itertuples())
+    for shape, of_shape in rows[rows.method == HOST].groupby(["M", "K", "N"]):
+        us = ", ".join(f"{row.provider} {row.ms * 1e3:.1f}" for row in of_shape.itertuples())
         yield text.format(", ".join(map(str, shape)), us)
 
 
