@@ -6,7 +6,7 @@ The feed-forward activation of Llama, Mistral, Qwen and Mixtral (Shazeer, "GLU V
 https://arxiv.org/abs/2002.05202, without biases). Both products, SiLU and the multiplication are fused: each tile of x
 is loaded once, both accumulators stay on chip, only y is written. Not fused is the down projection that follows.
 
-    y = fused_swiglu(x, gate_proj.weight.t(), up_proj.weight.t())  # nn.Linear keeps (N, K); t() copies nothing
+    y = fused_swiglu(x, gate_proj.weight, up_proj.weight, linear=True)  # nn.Linear keeps its weights as (N, K)
 
 swiglu_kernel, in Triton, runs everywhere and is tuned: read it first. swiglu_kernel_hopper, in Gluon, Triton's lower
 level, is faster on Hopper for more than 128 rows in 8 and 16 bits. This file needs torch and triton only: copy it.
@@ -462,7 +462,7 @@ NO_GRADIENT = "fused_swiglu has no gradient in float8: call it under torch.no_gr
 PLAIN_TENSORS = torch.Tensor, torch.nn.Parameter  # and no subclass of theirs
 
 
-def _check(x, w_gate, w_up, *of_float8):
+def _check(x, w_gate, w_up, linear, *of_float8):
     """Raise for what fused_swiglu does not take. It reads what _launch_key holds, so one call with a key is enough."""
     if x.dtype not in (*RESULT_DTYPES, FLOAT8):
         raise TypeError(f"x is {x.dtype}: expected one of {(*RESULT_DTYPES, FLOAT8)}")
@@ -475,15 +475,15 @@ def _check(x, w_gate, w_up, *of_float8):
             raise ValueError(f"{name} is {t.dtype} on {t.device}: expected {wanted} on {x.device}")
         if t.device.type not in ("cuda", "meta") and not (INTERPRETED and t.device.type == "cpu"):
             raise ValueError(f"{name} is on {t.device}: expected a GPU (or the CPU with TRITON_INTERPRET=1)")
-    shape = tuple(w_gate.shape)
-    if x.dim() < 1 or w_gate.dim() != 2 or shape[0] != x.shape[-1]:
-        raise ValueError(f"w_gate is {shape} and x is {tuple(x.shape)}: expected (K, N) and (..., K)")
+    shape, k, expected = tuple(w_gate.shape), int(linear), "(N, K)" if linear else "(K, N)"
+    if x.dim() < 1 or w_gate.dim() != 2 or shape[k] != x.shape[-1]:
+        raise ValueError(f"w_gate is {shape} and x is {tuple(x.shape)}: expected {expected} and (..., K)")
     if w_up.shape != w_gate.shape:
-        raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be (K, N)")
-    if x.dtype == FLOAT8 and shape[0] > 1 and not w_gate.stride(0) == w_up.stride(0) == 1:
+        raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be {expected}")
+    if x.dtype == FLOAT8 and shape[k] > 1 and not w_gate.stride(k) == w_up.stride(k) == 1:
         raise ValueError(f"w_gate, w_up have strides {w_gate.stride()}, {w_up.stride()}: expected 1 along K in float8")
     for name, t in zip(ARGUMENTS[3 : 3 + len(scales)], scales, strict=True):
-        wanted = (*x.shape[:-1], 1) if name == "x_scale" else (1, shape[1])
+        wanted = (*x.shape[:-1], 1) if name == "x_scale" else (1, shape[1 - k])
         if wanted not in (t.shape, (1, *t.shape)) and t.numel() != 1:
             raise ValueError(f"{name} is {tuple(t.shape)}: expected {wanted} or one number")
 
@@ -532,7 +532,7 @@ FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors as well,
 
 # key -> what launches a compiled kernel again (or None), in 0.5 to 0.8 of eager PyTorch's host time, 0.2 of the tuner's
 _launchers = {}
-MAX_LAUNCHERS = 4096  # of some KB each; a server meets every M there is
+MAX_LAUNCHERS = 4096  # of some 10 KB each; a server meets every M there is
 _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at in itself
 
 
@@ -586,9 +586,8 @@ def _launcher(compiled, index):
     return launch
 
 
-def _with_columns(w_gate, w_up, linear):
-    """The weights as (K, N). If these are no matrices, _check will say so."""
-    return (w_gate.t(), w_up.t()) if linear and w_gate.dim() == w_up.dim() == 2 else (w_gate, w_up)
+def _transposed(w_gate, w_up, linear):
+    return (w_gate.t(), w_up.t()) if linear else (w_gate, w_up)
 
 
 def _forward(x, w_gate, w_up, linear, keep, choice, *of_float8):
@@ -597,9 +596,9 @@ def _forward(x, w_gate, w_up, linear, keep, choice, *of_float8):
     *scales, out_dtype = of_float8
     launch = _launchers.get(key)
     if launch is None:
-        w_gate, w_up = _with_columns(w_gate, w_up, linear)
-        _check(x, w_gate, w_up, *of_float8)
-    K, N = x.shape[-1], w_gate.shape[0 if linear and launch else 1]
+        _check(x, w_gate, w_up, linear, *of_float8)
+        w_gate, w_up, linear = *_transposed(w_gate, w_up, linear), False
+    K, N = x.shape[-1], w_gate.shape[0 if linear else 1]
     y = x.new_empty((*x.shape[:-1], N), dtype=out_dtype)
     gate_up = x.new_empty((math.prod(x.shape[:-1]), 2 * N)) if keep else None
     if launch is None and (K == 0 or y.numel() == 0):
@@ -679,7 +678,7 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
     if INTERPRETED:
         return None
     launch, programs, names = _launcher(compiled, x.device.index), grid(config.kwargs), swiglu_kernel.arg_names
-    constants = (None,) * (len(names) - names.index("EVEN_K"))  # which the compiled kernel ignores
+    constants = (None,) * (len(names) - names.index("EVEN_K"))  # the last ones, which the compiled kernel ignores
 
     descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
     x_like, w_like = (desc and _like(desc) for desc in descriptors)
@@ -715,18 +714,15 @@ def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
     grid = device_limits(x.device.index).num_sms, 1, 1
     num_whole_n, box = _last_wave(M, N, grid[0])
     box_k = 128 // x.element_size()  # the widest swizzle
-    box_w = (box_k, box) if row_major else (box, box_k)
 
-    def describe(t, shape, strides, block):
-        layout = gl.NVMMASharedLayout(block[-1] * t.element_size(), 8 * t.element_size(), rank=len(shape))
-        return GluonTensorDescriptor(t, [*shape], [*strides], [*block], layout)
+    def describe(t, *block):
+        layout = gl.NVMMASharedLayout(block[-1] * t.element_size(), 8 * t.element_size(), rank=len(block))
+        return GluonTensorDescriptor(t, [*t.shape], [*t.stride()], [*block], layout)
 
-    shape_w, dim_w = ((K, N), 0) if row_major else ((N, K), 1)
-    descriptors = [describe(x, (M, K), x.stride(), (TILE_M.value, box_k))]
-    descriptors += [describe(w, shape_w, (w.stride(dim_w), 1), box_w) for w in (w_gate, w_up)]
-    descriptors += [describe(y, (M, 1, N), (N, N, 1), (ROWS.value, 1, box))]
-    if gate_up is not None:
-        descriptors += [describe(gate_up, (M, 2, N), (2 * N, N, 1), (ROWS.value, 1, box))]
+    descriptors = [describe(x, TILE_M.value, box_k)]
+    descriptors += [describe(w, box_k, box) if row_major else describe(w.t(), box, box_k) for w in (w_gate, w_up)]
+    results = [y.view(M, 1, N)] if gate_up is None else [y.view(M, 1, N), gate_up.view(M, 2, N)]
+    descriptors += [describe(t, ROWS.value, 1, box) for t in results]
     kept, scalars = [None] * (gate_up is None), (M, N, K, *strides, num_whole_n, row_major)
     compiled = swiglu_kernel_hopper[grid](*descriptors, *kept, *scales, *scalars, **HOPPER_OPTIONS)
     launch, classes = _launcher(compiled, x.device.index), [_like(desc) for desc in descriptors]
@@ -777,14 +773,16 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
 
 def _save_for_backward(ctx, inputs, output, overwrite=False, linear=False):
     x, w_gate, w_up, keep, ctx.choice, *_, out_dtype = inputs
-    if out_dtype is not None:  # in an exported program, say
+    if out_dtype is not None:  # fused_swiglu has refused this, an exported program has not
         raise NotImplementedError(NO_GRADIENT)
     ctx.mark_non_differentiable(*(output[1:] if keep else ()))
     ctx.set_materialize_grads(False)  # or autograd would make zeros for gate_up's gradient
-    ctx.overwrite, ctx.linear, dim = overwrite, linear, int(linear)
-    ctx.along_k = w_gate.stride(dim) == w_up.stride(dim) == 1
+    ctx.overwrite, ctx.linear, k = overwrite, linear, int(linear)
+    ctx.along_k = w_gate.stride(k) == w_up.stride(k) == 1
     needs_x, needs_gate, needs_up, *_ = ctx.needs_input_grad
     weights = (w_gate, w_up) if needs_x or not keep else (None, None)
+    if linear:  # not the parameters themselves, of which autograd would hand out whatever .data they have by then
+        weights = [w if w is None else w.detach() for w in weights]
     ctx.save_for_backward(x if needs_gate or needs_up or not keep else None, *weights, output[1] if keep else None)
 
 
@@ -806,7 +804,7 @@ def _backward(ctx, dy, *_):
     if gate_up is None:
         options = True, ctx.choice, *NOT_FLOAT8
         if dispatched:
-            gate_up = swiglu_op(x, *_with_columns(w_gate, w_up, ctx.linear), *options)[1]
+            gate_up = swiglu_op(x, *_transposed(w_gate, w_up, ctx.linear), *options)[1]
         else:
             gate_up = _forward(x, w_gate, w_up, ctx.linear, *options)[1]
     gate_up, leading = gate_up.contiguous(), dy.shape[:-1]
@@ -820,7 +818,7 @@ def _backward(ctx, dy, *_):
         d = gate_up if overwrite else torch.empty_like(gate_up)
         torch.autograd.graph.increment_version(d)  # of gate_up, which a Triton kernel changes unseen
         _differentiate_activation(dy.contiguous(), gate_up, d)
-    del gate_up
+    del gate_up, others
 
     def weight_gradient(d):
         """Of the weights' shape, and in memory as both of them."""
@@ -926,7 +924,7 @@ def fused_swiglu(
     Args:
         x: (..., K), bfloat16, float16, float32 or float8_e4m3fn, copied only where leading dimensions do not collapse.
         w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides; float8: those of `weight.t()`.
-        linear: the weights are (N, K), as nn.Linear has them: a training step takes the host less time than with t().
+        linear: the weights are (N, K) instead, as nn.Linear has them, which takes the host less time than `weight.t()`.
         scales: in float8, (x_scale, gate_scale, up_scale) of float32, by which x @ w_gate and x @ w_up are multiplied.
             Each is one number, or (..., 1) for x and (N,) or (1, N) for a weight. None: ones.
         out_dtype: in float8, the result's dtype: bfloat16 unless given, or float16 or float32.
@@ -952,7 +950,7 @@ def fused_swiglu(
     """
     if scales is not None and not (isinstance(scales, (tuple, list)) and len(scales) == 3):
         raise ValueError("scales must be three tensors: of x, w_gate and w_up")
-    scales, of_float8 = scales or (), NOT_FLOAT8
+    linear, scales, of_float8 = bool(linear), scales or (), NOT_FLOAT8
     dispatched = _needs_dispatcher(x, w_gate, w_up, *scales)
     if dispatched:
         for name, t in zip(ARGUMENTS, (x, w_gate, w_up, *scales), strict=False):
@@ -977,7 +975,6 @@ def fused_swiglu(
     if not dispatched and (needs_grad or torch.autograd.forward_ad._current_level >= 0):  # float8 has been refused then
         return EagerSwiGLU.apply(x, w_gate, w_up, cast, linear, (keep, choice, *of_float8))
     if dispatched:
-        cast = cast[0], *_with_columns(*cast[1:], linear)
-        _check(*cast, *of_float8)
-        return swiglu_op(*cast, keep, choice, *of_float8)[0]
+        _check(*cast, linear, *of_float8)
+        return swiglu_op(cast[0], *_transposed(*cast[1:], linear), keep, choice, *of_float8)[0]
     return _forward(*cast, linear, False, choice, *of_float8)[0]

@@ -48,7 +48,8 @@ class SwiGLUMLP(torch.nn.Module):
 
     def forward(self, x):
         packed = "gate_up_proj" in self._modules  # instead of the two, where replace_mlps found it
-        *layers, down_proj = [self._modules[name] for name in (PACKED_PROJECTIONS if packed else PROJECTIONS)]
+        names = PACKED_PROJECTIONS if packed else PROJECTIONS
+        *layers, down_proj = [self._modules.get(name) or getattr(self, name) for name in names]  # quickly, if a module
         weights = [_only_weight(layer) for layer in layers]
         if any(w is None for w in weights) or torch.nn.modules.module._has_any_global_hook():
             gate, up = layers[0](x).chunk(2, dim=-1) if packed else (layer(x) for layer in layers)
@@ -72,7 +73,7 @@ def _only_weight(layer):
             if not str(hook.__module__).startswith("torch.distributed.tensor"):
                 return None
     weight = layer._parameters.get("weight")
-    weight = layer.weight if weight is None else weight  # a tensor only, as of DataParallel
+    weight = layer.weight if weight is None else weight  # a replica of DataParallel's has it as an attribute
     known = type(weight) is torch.nn.Parameter or type(weight) in (torch.Tensor, torch._subclasses.FakeTensor)
     return weight if known or hasattr(weight, "placements") else None  # DTensor's; no quantised weight
 

@@ -1,4 +1,4 @@
-"""Times a whole Hugging Face Llama before and after replace_mlps, in turn, and writes GPU_whole_model.csv.
+"""Times a whole Hugging Face Llama before and after replace_mlps, in turn, and writes GPU_whole_model.csv here.
 
     python results/whole_model.py            # needs a GPU and `pip install transformers`
 

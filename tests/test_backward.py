@@ -4,6 +4,8 @@ import collections
 import contextlib
 import functools
 import itertools
+import re
+import weakref
 
 import pytest
 import torch
@@ -131,22 +133,27 @@ def test_only_what_is_needed(needs, layout, recompute):
 @both_ways
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_as_linear_layers_have_them(layout, recompute):
-    """The same bits as with weight.t(); the weights themselves are kept, and no view of them is in the graph."""
+    """The same bits as with weight.t(), and no view of the weights is in the graph."""
     (x, *weights), dy = leaves_and_dy(20, K, N, torch.float32, layout)
-    weights = [w.detach().t().requires_grad_() for w in weights]
+    gate, up = weights = [w.detach().t().requires_grad_() for w in weights]
     given = functools.partial(fused_swiglu, linear=True, recompute=recompute)
     for mode in (contextlib.nullcontext(), CountCalls(), torch.autocast(DEVICE, torch.bfloat16)):
         with mode:
-            ys = given(x, *weights), fused_swiglu(x, *(w.t() for w in weights), recompute=recompute)
-        gradients = [torch.autograd.grad(y, [x, *weights], dy.to(y.dtype)) for y in ys]
+            ys = given(x, gate, up), fused_swiglu(x, gate.t(), up.t(), recompute=recompute)
+        gradients = [torch.autograd.grad(y, [x, gate, up], dy.to(y.dtype)) for y in ys]
         assert torch.equal(*ys) and all(map(torch.equal, *gradients))
-    saved, y = common.saved_by(lambda: given(x, *weights)), given(x, *weights)
-    assert all(any(t is w for t in saved) for w in weights)
-    assert [node.variable for node, _ in y.grad_fn.next_functions[:3]] == [x, *weights]
     with torch.no_grad():
-        assert torch.equal(given(x, *weights), y)
-    with pytest.raises(ValueError, match=r"w_gate is \(1, "):
-        given(x, weights[0][None], weights[1])
+        assert torch.equal(given(x, gate, up), fused_swiglu(x, gate.t(), up.t()))
+    y, expected = given(x, gate, up), reference(x, gate.t(), up.t(), dy)[1:]
+    assert [node.variable for node, _ in y.grad_fn.next_functions[:3]] == [x, gate, up]
+    gate.data = torch.zeros_like(gate)  # the gradients are still those of what was multiplied by, as of nn.Linear
+    dx, dgate, dup = torch.autograd.grad(y, [x, gate, up], dy)
+    assert_close([dx, dgate.t(), dup.t()], expected)
+    for wrong in (up[None], up[:5], up.t()):
+        with pytest.raises(ValueError, match=re.escape(f"w_up is {tuple(wrong.shape)}, but w_gate is {(N, K)}")):
+            given(x, gate, wrong)
+    with pytest.raises(ValueError, match=re.escape(f"w_gate is {(K, N)} and x is {(20, K)}: expected (N, K)")):
+        given(x, gate.t(), up.t())
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
@@ -199,6 +206,21 @@ def test_activation_checkpointing(dtype, reentrant, recompute):
     torch.utils.checkpoint.checkpoint(run, *leaves, use_reentrant=reentrant).backward(dy)
     for t, expected in zip(leaves, torch.autograd.grad(run(*leaves), leaves, dy), strict=True):
         assert torch.equal(t.grad, expected)
+
+
+def test_gate_and_up_are_gone_before_the_products(monkeypatch):
+    """Also where checkpointing has its own hooks on what is saved, so that they are not overwritten."""
+    (leaves, dy), kept, alive, forward, mm = leaves_and_dy(20, K, N), [], [], fts._forward, torch.mm
+
+    def watched(*args):
+        y, gate_up = forward(*args)
+        kept.append(weakref.ref(gate_up))
+        return y, gate_up
+
+    monkeypatch.setattr(fts, "_forward", watched)
+    monkeypatch.setattr(torch, "mm", lambda *args: alive.append(kept[-1]() is not None) or mm(*args))
+    torch.utils.checkpoint.checkpoint(untuned, *leaves, use_reentrant=False).backward(dy)
+    assert alive == [False] * 2 and len(kept) == 2
 
 
 @both_ways

@@ -164,6 +164,6 @@ def test_the_launch_key_tells_scales_apart():
     narrow, offset = torch.cat([GS, GS], dim=1)[:, ::2], torch.cat([US, US], dim=1)[:, 1:7]
     changed = [(XS, GS, US), (XS[:1], GS, US), (XS.t(), GS, US), (XS, narrow, US), (XS, GS, offset)]
     changed += [(XS, GS.half(), US), (XS, GS, US.to("meta")), (None, None, None)]
-    keys = {fts._launch_key(X, G, U, False, fts.DEFAULT, *scales, torch.bfloat16) for scales in changed}
-    keys.add(fts._launch_key(X, G, U, False, fts.DEFAULT, XS, GS, US, torch.float16))
+    keys = {fts._launch_key(X, G, U, False, False, fts.DEFAULT, *scales, torch.bfloat16) for scales in changed}
+    keys.add(fts._launch_key(X, G, U, False, False, fts.DEFAULT, XS, GS, US, torch.float16))
     assert len(keys) == len(changed) + 1
