@@ -153,7 +153,21 @@ def losses():
             best = [f"M = {M} {others.loc[M].idxmin()} by {ahead[M]:.0%}" for M in us.index[ahead >= NOISE]]
             cases += [f"{method} {', '.join(best)}"] * bool(best)
         lines += [f"- [{label(path.stem)}](results/{path.name}): {'; '.join(cases)}."] * bool(cases)
+    model = read("h200_whole_model")
+    model["loss"] = model.after_ms / model.before_ms - 1
+    for how, slower in model[model.loss >= NOISE].groupby("how"):
+        cases = (f"{row.call} of {row.sequences} x {row.tokens} by {row.loss:.0%}" for row in slower.itertuples())
+        lines.append(f"- [A whole Llama](results/h200_whole_model.csv), {how}: as it was before, {', '.join(cases)}.")
     return "\n".join(lines)
+
+
+def whole_model():
+    """The speed after replace_mlps over that before it, for each number of sequences x tokens in each."""
+    rows = read("h200_whole_model")
+    rows["gain"] = (rows.before_ms / rows.after_ms).map("{:.2f}x".format)
+    gains = rows.pivot(index=["call", "how"], columns=["sequences", "tokens"], values="gain").fillna("")
+    head = ["", *(f"{sequences} x {tokens}" for sequences, tokens in gains)]
+    return markdown(head, [[", ".join(row[0]), *row[1:]] for row in gains.itertuples()])
 
 
 def staircase(*Ms):
@@ -173,6 +187,7 @@ BLOCKS = {
     "output": output,
     "main_table": main_table,
     "losses": losses,
+    "whole_model": whole_model,
     "staircase": partial(staircase, 512, 4096),
     "staircase_few_rows": partial(staircase, 16),
     "recordings": recordings,

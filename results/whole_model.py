@@ -23,7 +23,7 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from swiglu_mlp import replace_mlps
 
-LAYERS, TURNS = 4, [0, 1, 1, 0] * 3
+LAYERS, TURNS = 4, [0, 1, 1, 0] * 2
 FORWARD = (1, 1), (16, 1), (64, 1), (1, 512), (1, 4096)  # sequences, tokens of each
 TRAINING = (1, 512), (1, 2048), (4, 2048)
 
@@ -63,7 +63,7 @@ def peak_mib(run):
 
 
 models, rows, gpu = make_models(), [], torch.cuda.get_device_name()
-made = dict(date=datetime.date.today().isoformat(), command=f"python {sys.argv[0]}", gpu=gpu, layers=LAYERS)
+made = dict(date=datetime.date.today().isoformat(), command="python results/whole_model.py", gpu=gpu, layers=LAYERS)
 made |= {module.__name__: module.__version__ for module in (torch, triton, transformers)}
 for training, size in [(False, size) for size in FORWARD] + [(True, size) for size in TRAINING]:
     tokens = torch.randint(models[0].config.vocab_size, size, device="cuda")
