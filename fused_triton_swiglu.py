@@ -679,7 +679,6 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
         return None
     launch, programs, names = _launcher(compiled, x.device.index), grid(config.kwargs), swiglu_kernel.arg_names
     constants = (None,) * (len(names) - names.index("EVEN_K"))  # the last ones, which the compiled kernel ignores
-
     descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
     x_like, w_like = (desc and _like(desc) for desc in descriptors)
 
@@ -802,11 +801,8 @@ def _backward(ctx, dy, *_):
     # With is_grads_batched=True, and for a dy that is a dual tensor
     dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy) or torch.autograd.forward_ad._current_level >= 0
     if gate_up is None:
-        options = True, ctx.choice, *NOT_FLOAT8
-        if dispatched:
-            gate_up = swiglu_op(x, *_transposed(w_gate, w_up, ctx.linear), *options)[1]
-        else:
-            gate_up = _forward(x, w_gate, w_up, ctx.linear, *options)[1]
+        inputs, options = (x, *_transposed(w_gate, w_up, ctx.linear)), (True, ctx.choice, *NOT_FLOAT8)
+        gate_up = (swiglu_op(*inputs, *options) if dispatched else _forward(*inputs, False, *options))[1]
     gate_up, leading = gate_up.contiguous(), dy.shape[:-1]
     if len(leading) != 1:
         dy, x = (t if t is None else t.reshape(gate_up.shape[0], t.shape[-1]) for t in (dy, x))
