@@ -239,6 +239,15 @@ def test_changed_layers(change, make):
         assert_close(both_passes(run, x, dy), both_passes(exact, x, dy))
 
 
+def test_a_function_in_the_place_of_a_layer():
+    mlp, x = replace_mlps(llama_mlp().to(DEVICE)), randn(5, 4)
+    layers, y = {name: getattr(mlp, name) for name in ("up_proj", "down_proj")}, mlp(x)
+    for name, layer in layers.items():
+        delattr(mlp, name)
+        setattr(mlp, name, lambda x, layer=layer: layer(x))
+        assert_close([mlp(x)], [y])
+
+
 def test_layers_with_global_hooks_and_quantised_weights_are_called(monkeypatch):
     mlp, calls = SwiGLUMLP(K, N, device=DEVICE), []
     monkeypatch.setattr("swiglu_mlp.fused_swiglu", lambda *_, **__: calls.append(1))
