@@ -493,7 +493,7 @@ def _needs_dispatcher(*tensors):
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for t in tensors:
-        if type(t) not in PLAIN_TENSORS or t.layout != torch.strided or t.is_nested or t.is_meta or t.is_neg():
+        if type(t) not in PLAIN_TENSORS or t.is_meta or t.is_neg():
             return True
     return torch._C._are_functorch_transforms_active()
 
@@ -570,15 +570,15 @@ def _like(desc):
 
 def _launcher(compiled, index):
     """A function that launches as compiled[grid](*arguments) does, on device `index`, with less around it."""
-    driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
+    current_stream, hooks = triton.runtime.driver.active.get_current_stream, triton.knobs.runtime
+    run, *handles = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
 
     def launch(grid, *arguments):
         hooked = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
         if torch.cuda.current_device() == index and not hooked:  # a profiler's hooks want what is left out here
             try:
-                handles = driver.get_current_stream(index), compiled.function, compiled.packed_metadata
-                return compiled.run(*grid, *handles, None, None, None, *arguments)
-            except (TypeError, AttributeError):  # another Triton's `run` wants other arguments
+                return run(*grid, current_stream(index), *handles, None, None, None, *arguments)
+            except (TypeError, AttributeError):  # another Triton has no `run`, or one that wants other arguments
                 pass
         with torch.cuda.device(index):
             compiled[grid](*arguments)
@@ -592,7 +592,11 @@ def _transposed(w_gate, w_up, linear):
 
 def _forward(x, w_gate, w_up, linear, keep, choice, *of_float8):
     """y (..., N), and gate_up (M, 2N), gate beside up, or None if it is not to be kept."""
-    key = _launch_key(x, w_gate, w_up, linear, keep, choice, *of_float8)
+    try:
+        key = _launch_key(x, w_gate, w_up, linear, keep, choice, *of_float8)
+    except RuntimeError:  # a tensor without strides or an address, which _check names
+        _check(x, w_gate, w_up, linear, *of_float8)
+        raise
     *scales, out_dtype = of_float8
     launch = _launchers.get(key)
     if launch is None:
@@ -606,7 +610,9 @@ def _forward(x, w_gate, w_up, linear, keep, choice, *of_float8):
     if INTERPRETED and x.dtype in (torch.bfloat16, FLOAT8):  # of which its products are garbage (Triton 3.5 to 3.9)
         in_float32 = _forward(x.float(), w_gate.float(), w_up.float(), False, keep, choice, *scales, None)
         return tuple(t if t is None else t.to(y.dtype) for t in in_float32)
-    rows = x if x.dim() == 2 else x.reshape(-1, K)  # a copy where leading dimensions do not collapse
+    rows = x
+    if x.dim() != 2 and (launch is None or not x.is_contiguous()):  # of x, what launches again wants the address only
+        rows = x.reshape(-1, K)  # a copy where leading dimensions do not collapse
     if x.dim() != 2 and scales[0] is not None:
         scales[0] = scales[0].reshape(-1, 1)
     if launch is not None:
@@ -688,7 +694,9 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
             first, second = (w_up, w_gate) if up_first else (w_gate, w_up)
             w_desc = w_like(first)
             w_desc.strides = [(second.data_ptr() - first.data_ptr()) // first.element_size(), *w_desc.strides[1:]]
-        launch(programs, x, w_gate, w_up, *others, *scalars, x_desc, w_desc, *constants)
+        # Of a tensor, Triton asks the driver where it is: in a Llama 1 % of an eager call with one token.
+        addresses = [t if t is None else t.data_ptr() for t in (x, w_gate, w_up, *others)]
+        launch(programs, *addresses, *scalars, x_desc, w_desc, *constants)
 
     return again
 

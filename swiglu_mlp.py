@@ -50,32 +50,39 @@ class SwiGLUMLP(torch.nn.Module):
         packed = "gate_up_proj" in self._modules  # instead of the two, where replace_mlps found it
         names = PACKED_PROJECTIONS if packed else PROJECTIONS
         *layers, down_proj = [self._modules.get(name) or getattr(self, name) for name in names]  # quickly, if a module
-        weights = [_only_weight(layer) for layer in layers]
-        if any(w is None for w in weights) or torch.nn.modules.module._has_any_global_hook():
+        weights = _only_weights(layers)
+        if weights is None:
             gate, up = layers[0](x).chunk(2, dim=-1) if packed else (layer(x) for layer in layers)
             return down_proj(silu(gate) * up)
-        if any(hasattr(w, "placements") for w in weights):  # of DTensor, whose import costs a while
+        if hasattr(weights[0], "placements") or hasattr(weights[-1], "placements"):  # DTensor's; its import is slow
             x, weights = _of_this_rank(x, self)
         w_gate, w_up = weights[0].chunk(2) if packed else weights
         return down_proj(fused_swiglu(x, w_gate, w_up, linear=True, recompute=self.recompute))
 
 
-def _only_weight(layer):
-    """The weight of a layer that multiplies by it and does nothing else, so that it need not be called, or None."""
-    # Where nn.Module keeps them: each name that it has to find for layer.name takes as long as all the rest here.
-    if type(layer) is not torch.nn.Linear or layer._parameters.get("bias", layer) is not None:
+def _only_weights(layers):
+    """Each layer's weight, if all multiply by it and do nothing else, so that they need not be called, or None."""
+    if torch.nn.Linear.forward is not LINEAR_FORWARD or torch.nn.modules.module._has_any_global_hook():
         return None
-    if "forward" in layer.__dict__ or torch.nn.Linear.forward is not LINEAR_FORWARD:
-        return None
-    for kind in (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks):
-        for hook in kind.values() if kind else ():
-            # Tensor parallelism has hooks that spread x: see _of_this_rank, which does so.
-            if not str(hook.__module__).startswith("torch.distributed.tensor"):
-                return None
-    weight = layer._parameters.get("weight")
-    weight = layer.weight if weight is None else weight  # a replica of DataParallel's has it as an attribute
-    known = type(weight) is torch.nn.Parameter or type(weight) in (torch.Tensor, torch._subclasses.FakeTensor)
-    return weight if known or hasattr(weight, "placements") else None  # DTensor's; no quantised weight
+    weights = []
+    for layer in layers:
+        # Where nn.Module keeps them: each name that it has to find for layer.name takes as long as all the rest here.
+        if type(layer) is not torch.nn.Linear or layer._parameters.get("bias", layer) is not None:
+            return None
+        if "forward" in layer.__dict__:
+            return None
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks):
+            for hook in hooks.values() if hooks else ():
+                # Tensor parallelism has hooks that spread x: see _of_this_rank, which does so.
+                if not str(hook.__module__).startswith("torch.distributed.tensor"):
+                    return None
+        weight = layer._parameters.get("weight")
+        weight = layer.weight if weight is None else weight  # a replica of DataParallel's has it as an attribute
+        known = type(weight) is torch.nn.Parameter or type(weight) in (torch.Tensor, torch._subclasses.FakeTensor)
+        if not known and not hasattr(weight, "placements"):  # DTensor's; no quantised weight
+            return None
+        weights.append(weight)
+    return weights
 
 
 def _of_this_rank(x, mlp):

@@ -23,7 +23,7 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from swiglu_mlp import replace_mlps
 
-LAYERS, TURNS = 4, [0, 1, 1, 0] * 2
+LAYERS, TURNS = 4, [0, 1, 1, 0] * 5  # many short turns, as a host's speed changes within a second
 FORWARD = (1, 1), (16, 1), (64, 1), (1, 512), (1, 4096)  # sequences, tokens of each
 TRAINING = (1, 512), (1, 2048), (4, 2048)
 
@@ -83,7 +83,7 @@ for training, size in [(False, size) for size in FORWARD] + [(True, size) for si
     for how, runs in ways.items():
         ms = [], []
         for i in TURNS:
-            ms[i].append(do_bench(runs[i], warmup=20, rep=100, return_mode="median"))
+            ms[i].append(do_bench(runs[i], warmup=5, rep=40, return_mode="median"))
         before_ms, after_ms = np.median(ms, axis=1)
         rows.append(made | named | dict(how=how, before_ms=before_ms, after_ms=after_ms))
         print(f"{named['call']} of {size}, {how}: {before_ms:.3f} -> {after_ms:.3f} ms", flush=True)
