@@ -74,7 +74,8 @@ for M, N, weights in ((3000, 6144, "transposed"), (256, 14336, "contiguous")) if
 for number in (6, 21, 9, *range({CASES})):
     run_case(draw(number))
 """
-FOUND = "\nAssertionError: ", "CUDA error", "modified by an inplace operation"
+# Which of torch and Triton meets a failed launch first is a matter of time.
+FOUND = "\nAssertionError: ", "CUDA error", "Triton Error [CUDA]", "modified by an inplace operation"
 
 
 def survivors(mutants, folder):
@@ -86,9 +87,12 @@ def survivors(mutants, folder):
         (folder / name).mkdir()
         (folder / name / "fused_triton_swiglu.py").write_text(SOURCE.replace(right, wrong))
         try:
-            return run_python(RUN, folder / name) is not None
+            run_python(RUN, folder / name)
         except AssertionError as error:  # whose text is what went to stderr
-            return not any(fault in str(error) for fault in FOUND)
+            if not any(fault in str(error) for fault in FOUND):
+                raise
+            return False
+        return True
 
     with ThreadPoolExecutor(2) as pool:
         return [name for name, survived in zip(mutants, pool.map(survives, mutants), strict=True) if survived]
