@@ -88,9 +88,8 @@ def device_limits(index):
     if index is None:
         return Device(90, 1, 227 * 1024)
     major, minor = torch.cuda.get_device_capability(index)
-    limits = triton.runtime.driver.active.utils.get_device_properties(index)
-    arch = 0 if torch.version.hip else 10 * major + minor
-    return Device(arch, limits["multiprocessor_count"], limits["max_shared_mem"])
+    gpu = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Device(0 if torch.version.hip else 10 * major + minor, gpu["multiprocessor_count"], gpu["max_shared_mem"])
 
 
 def usable_configs(kind, bucket, N, tma, device):
@@ -130,7 +129,7 @@ def grouped_tile(tile, num_pid_m, num_pid_n):
 
 @triton.jit
 def load_scales(scales, offs_m, offs_n, M, N):
-    """Those of x's rows and of both weights' columns, or nothing where there are none."""
+    """The scales of x's rows and of both weights' columns, or () where there are none."""
     x_scale_ptr, gate_scale_ptr, up_scale_ptr, stride_sx, stride_sg, stride_su = scales
     loaded = ()
     if x_scale_ptr is not None:
@@ -180,20 +179,18 @@ def dot_tf32x3(a, b, acc):
     return acc + tl.dot(a_big, b_big, product, input_precision="tf32")
 
 
-def _descriptors(args):
-    """Of x (M, K), and of both weights (2, N, K): the second lies a fixed distance behind the first in memory."""
-    x, x_desc, w_desc = args["x_ptr"], None, None
-    if args["TMA"]:
-        x_desc = TensorDescriptor(x, [*x.shape], [*x.stride()], [args["BLOCK_M"], args["BLOCK_K"]])
-    if args["TMA"] == "xw":
-        first, second = sorted((args["w_gate_ptr"], args["w_up_ptr"]), key=torch.Tensor.data_ptr)
-        strides = [(second.data_ptr() - first.data_ptr()) // first.element_size(), first.stride(1), 1]
-        w_desc = TensorDescriptor(first, [2, *first.shape[::-1]], strides, [2, args["BLOCK_N"], args["BLOCK_K"]])
-    return x_desc, w_desc
+def _descriptors(x_ptr, w_gate_ptr, w_up_ptr, BLOCK_M, BLOCK_N, BLOCK_K, TMA, **_):
+    """TMA's, of x (M, K) and of both weights as one (2, N, K): their distance in memory is a stride. None: not used."""
+    x_desc = TensorDescriptor.from_tensor(x_ptr, [BLOCK_M, BLOCK_K]) if TMA else None
+    if TMA != "xw":
+        return x_desc, None
+    first, second = sorted((w_gate_ptr, w_up_ptr), key=torch.Tensor.data_ptr)
+    strides = [(second.data_ptr() - first.data_ptr()) // first.element_size(), first.stride(1), 1]
+    return x_desc, TensorDescriptor(first, [2, *first.shape[::-1]], strides, [2, BLOCK_N, BLOCK_K])
 
 
 # Descriptors need the tile sizes. A Config.pre_hook, the other place to make them, switches the cache on disk off.
-@triton.heuristics({"x_desc": lambda args: _descriptors(args)[0], "w_desc": lambda args: _descriptors(args)[1]})
+@triton.heuristics({"x_desc": lambda args: _descriptors(**args)[0], "w_desc": lambda args: _descriptors(**args)[1]})
 @triton.heuristics({"EVEN_K": lambda args: args["K"] % args["BLOCK_K"] == 0})
 @triton.jit(do_not_specialize=["M_BUCKET"])
 def swiglu_kernel(
@@ -454,7 +451,7 @@ if gluon:
 # ---- Checks, choice, launch ----
 
 INTERPRETED = triton.knobs.runtime.interpret  # as @triton.jit saw it when it made the kernels above
-MAX_STEP = 2**40  # bytes: a descriptor's strides are below
+MAX_STEP = 2**40  # bytes: TMA takes strides below it
 RESULT_DTYPES, FLOAT8 = (torch.bfloat16, torch.float16, torch.float32), torch.float8_e4m3fn
 ARGUMENTS = "x", "w_gate", "w_up", "x_scale", "gate_scale", "up_scale"
 NOT_FLOAT8 = None, None, None, None  # in place of the scales and out_dtype
@@ -467,7 +464,7 @@ def _check(x, w_gate, w_up, linear, *of_float8):
     if x.dtype not in (*RESULT_DTYPES, FLOAT8):
         raise TypeError(f"x is {x.dtype}: expected one of {(*RESULT_DTYPES, FLOAT8)}")
     scales = () if of_float8[0] is None else of_float8[:3]
-    for name, t in zip(ARGUMENTS[: 3 + len(scales)], (x, w_gate, w_up, *scales), strict=True):
+    for name, t in zip(ARGUMENTS, (x, w_gate, w_up, *scales), strict=False):
         if t.layout != torch.strided or t.is_nested:
             raise TypeError(f"{name} is {'nested' if t.is_nested else t.layout}: expected an ordinary, dense tensor")
         wanted = torch.float32 if name.endswith("scale") else x.dtype
@@ -482,14 +479,14 @@ def _check(x, w_gate, w_up, linear, *of_float8):
         raise ValueError(f"w_up is {tuple(w_up.shape)}, but w_gate is {shape}: both must be {expected}")
     if x.dtype == FLOAT8 and shape[k] > 1 and not w_gate.stride(k) == w_up.stride(k) == 1:
         raise ValueError(f"w_gate, w_up have strides {w_gate.stride()}, {w_up.stride()}: expected 1 along K in float8")
-    for name, t in zip(ARGUMENTS[3 : 3 + len(scales)], scales, strict=True):
+    for name, t in zip(ARGUMENTS[3:], scales, strict=False):
         wanted = (*x.shape[:-1], 1) if name == "x_scale" else (1, shape[1 - k])
         if wanted not in (t.shape, (1, *t.shape)) and t.numel() != 1:
             raise ValueError(f"{name} is {tuple(t.shape)}: expected {wanted} or one number")
 
 
 def _needs_dispatcher(*tensors):
-    """Whether more than eager autograd is to see the call: a compiler, transform, mode or subclass, or data is odd."""
+    """Whether a call must take swiglu_op: a compiler, transform, mode or subclass is to see it, or data is odd."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for t in tensors:
@@ -519,7 +516,7 @@ def hopper_layout(x, w_gate, w_up, device, any_m=False):
     # Few rows are a matter of reading the weights, which smaller tiles do better: 98 us against 104 at M = 128.
     few = M <= 128 or 3 * triton.cdiv(M, TILE_M.value) * triton.cdiv(N, TILE_N.value) < device.num_sms
     possible = gluon is not None and not INTERPRETED and device.arch == 90 and x.element_size() <= 2
-    if not possible or (few and not any_m) or N % 8 or not _tma_takes(x):  # y is stored by TMA
+    if not possible or (few and not any_m) or not _tma_takes(x) or N % 8:  # TMA stores y, in rows of N
         return None
     if x.element_size() == 2 and _tma_takes(w_gate) and _tma_takes(w_up):  # not float8, where K = 1 lies both ways
         return "row-major"
@@ -530,7 +527,7 @@ TUNED, DEFAULT, ONE_FOR_ALL_M = "tuned", "default", "one for all M"  # how a con
 UNUSABLE = triton.errors.TritonError, RuntimeError, TypeError, AttributeError  # a kernel does not compile or load here
 FATAL = torch.OutOfMemoryError, torch.AcceleratorError  # RuntimeErrors as well, but not the kernel's fault
 
-# key -> what launches a compiled kernel again (or None), in 0.5 to 0.8 of eager PyTorch's host time, 0.2 of the tuner's
+# key -> what launches a compiled kernel again, or None: there is none in the interpreter, nor before tuning succeeds
 _launchers = {}
 MAX_LAUNCHERS = 4096  # of some 10 KB each; a server meets every M there is
 _one_at_a_time = threading.RLock()  # Triton's autotuner keeps what it works at in itself
@@ -551,7 +548,7 @@ def _launch_key(x, w_gate, w_up, linear, keep, choice, *of_float8):
 
 
 def _first_launch(launch, *arguments):
-    """launch(*arguments), which may compile and tune."""
+    """launch(*arguments), one thread at a time, as it may compile and tune."""
     with _one_at_a_time, triton.knobs.amd.scope():
         triton.knobs.amd.use_buffer_ops = False  # with them Triton 3.6 cannot select between w_gate_ptrs, w_up_ptrs
         if len(_launchers) >= MAX_LAUNCHERS:
@@ -560,16 +557,13 @@ def _first_launch(launch, *arguments):
 
 
 def _like(desc):
-    """A class of descriptors like this one, of other tensors: unchecked, in a tenth of the time.
-
-    What a descriptor's class checks is dtype, shape, strides and alignment. _launch_key holds all of them.
-    """
+    """A class of such descriptors of other tensors, made in a tenth of the time: _launch_key holds what is checked."""
     changed = {"base": None, "__init__": lambda self, base: setattr(self, "base", base)}
     return type("Like", (type(desc),), vars(desc) | changed)
 
 
 def _launcher(compiled, index):
-    """A function that launches as compiled[grid](*arguments) does, on device `index`, with less around it."""
+    """A function that launches as compiled[grid](*arguments) does, on device `index`, in less host time."""
     current_stream, hooks = triton.runtime.driver.active.get_current_stream, triton.knobs.runtime
     run, *handles = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
 
@@ -586,10 +580,6 @@ def _launcher(compiled, index):
     return launch
 
 
-def _transposed(w_gate, w_up, linear):
-    return (w_gate.t(), w_up.t()) if linear else (w_gate, w_up)
-
-
 def _forward(x, w_gate, w_up, linear, keep, choice, *of_float8):
     """y (..., N), and gate_up (M, 2N), gate beside up, or None if it is not to be kept."""
     try:
@@ -598,30 +588,29 @@ def _forward(x, w_gate, w_up, linear, keep, choice, *of_float8):
         _check(x, w_gate, w_up, linear, *of_float8)
         raise
     *scales, out_dtype = of_float8
-    launch = _launchers.get(key)
-    if launch is None:
+    again = _launchers.get(key)
+    if again is None:
         _check(x, w_gate, w_up, linear, *of_float8)
-        w_gate, w_up, linear = *_transposed(w_gate, w_up, linear), False
     K, N = x.shape[-1], w_gate.shape[0 if linear else 1]
     y = x.new_empty((*x.shape[:-1], N), dtype=out_dtype)
     gate_up = x.new_empty((math.prod(x.shape[:-1]), 2 * N)) if keep else None
-    if launch is None and (K == 0 or y.numel() == 0):
+    if again is None and (K == 0 or y.numel() == 0):
         return y.zero_(), gate_up
     if INTERPRETED and x.dtype in (torch.bfloat16, FLOAT8):  # of which its products are garbage (Triton 3.5 to 3.9)
-        in_float32 = _forward(x.float(), w_gate.float(), w_up.float(), False, keep, choice, *scales, None)
+        in_float32 = _forward(x.float(), w_gate.float(), w_up.float(), linear, keep, choice, *scales, None)
         return tuple(t if t is None else t.to(y.dtype) for t in in_float32)
-    rows = x
-    if x.dim() != 2 and (launch is None or not x.is_contiguous()):  # of x, what launches again wants the address only
-        rows = x.reshape(-1, K)  # a copy where leading dimensions do not collapse
+    # What launches again wants an address only. reshape copies where leading dimensions do not collapse.
+    rows = x if x.dim() == 2 or (again is not None and x.is_contiguous()) else x.reshape(-1, K)
     if x.dim() != 2 and scales[0] is not None:
         scales[0] = scales[0].reshape(-1, 1)
-    if launch is not None:
-        launch(rows, w_gate, w_up, y, gate_up, *scales)
+    if again is not None:
+        again(rows, w_gate, w_up, y, gate_up, *scales)
         return y, gate_up
     with torch.cuda.device_of(x):
         if choice == TUNED and x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return _forward(x, w_gate, w_up, False, keep, DEFAULT, *of_float8)
-        _launchers[key] = _first_launch(_launch, choice, rows, w_gate, w_up, y, gate_up, *scales)
+            return _forward(x, w_gate, w_up, linear, keep, DEFAULT, *of_float8)
+        weights = (w_gate.t(), w_up.t()) if linear else (w_gate, w_up)
+        _launchers[key] = _first_launch(_launch, choice, rows, *weights, y, gate_up, *scales)
     return y, gate_up
 
 
@@ -631,10 +620,7 @@ def _scale_strides(*scales):
 
 
 def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
-    """Fill y and gate_up, none of them empty. Returns what does it again, or None if there is nothing that does.
-
-    That takes the weights as they were given, also (N, K): only a tensor's address counts then.
-    """
+    """Fill y and gate_up, none of them empty. Returns what does it again, or None if there is nothing that does."""
     global gluon
     (M, K), N, device = x.shape, w_gate.shape[1], device_limits(x.device.index)
     hopper_weights = hopper_layout(x, w_gate, w_up, device, any_m=choice == ONE_FOR_ALL_M)
@@ -648,18 +634,18 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
             warnings.warn(f"fused_swiglu goes on without its kernel for Hopper, slower: {_brief(error)}", stacklevel=2)
     tma = tma_operands(x, w_gate, w_up, device)
     strides = *x.stride(), *w_gate.stride(), *w_up.stride(), *_scale_strides(*scales)
-    along_k = x.stride(1), w_gate.stride(0), w_up.stride(0)
+    strides_k = x.stride(1), w_gate.stride(0), w_up.stride(0)
     kind, precision = f"{8 * x.element_size()}-bit", "ieee"
     if kind == "32-bit":
-        kind = "32-bit, linear" if along_k[1:] == (1, 1) else "32-bit, row-major"
+        kind = "32-bit, linear" if strides_k[1:] == (1, 1) else "32-bit, row-major"
         if device.arch and not INTERPRETED:
             precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-    layout = "".join("K" if stride == 1 else "-" for stride in along_k) + "/" + tma  # such as "KKK/xw"
+    layout = "".join("K" if stride == 1 else "-" for stride in strides_k) + "/" + tma  # such as "KKK/xw"
     bucket = min(max(triton.next_power_of_2(M), 16), 8192)  # 1..16, 17..32, ..., 4097 and more share a tuning result
-    same_stride_k, up_first = along_k[1] == along_k[2], tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
+    same_stride_k, up_first = strides_k[1] == strides_k[2], tma == "xw" and w_up.data_ptr() < w_gate.data_ptr()
     tensors = x, w_gate, w_up, y, gate_up, *scales
     scalars = M, N, K, *strides, bucket, layout, str(device), precision, same_stride_k, up_first
-    options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})  # else ptxas spills to fit one more program
+    options = FP_FUSION | ({"maxnreg": 255} if device.arch else {})  # or ptxas spills, to fit one more program
 
     def grid(meta):
         tiles = triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"])
@@ -683,20 +669,17 @@ def _launch(choice, x, w_gate, w_up, y, gate_up, *scales):
             TUNER.nargs = TUNER.early_config_prune = None  # or they would keep this call's tensors
     if INTERPRETED:
         return None
-    launch, programs, names = _launcher(compiled, x.device.index), grid(config.kwargs), swiglu_kernel.arg_names
+    launch, tiles, names = _launcher(compiled, x.device.index), grid(config.kwargs), swiglu_kernel.arg_names
     constants = (None,) * (len(names) - names.index("EVEN_K"))  # the last ones, which the compiled kernel ignores
-    descriptors = _descriptors(config.kwargs | {"x_ptr": x, "w_gate_ptr": w_gate, "w_up_ptr": w_up})
-    x_like, w_like = (desc and _like(desc) for desc in descriptors)
+    x_like, w_like = (desc and _like(desc) for desc in _descriptors(x, w_gate, w_up, **config.kwargs))
 
-    def again(x, w_gate, w_up, *others):
-        x_desc, w_desc = x_like and x_like(x), None
-        if w_like:
-            first, second = (w_up, w_gate) if up_first else (w_gate, w_up)
-            w_desc = w_like(first)
-            w_desc.strides = [(second.data_ptr() - first.data_ptr()) // first.element_size(), *w_desc.strides[1:]]
+    def again(x, w_gate, w_up, *others):  # whose addresses alone count: linear=True's weights come as (N, K)
         # Of a tensor, Triton asks the driver where it is: in a Llama 1 % of an eager call with one token.
         addresses = [t if t is None else t.data_ptr() for t in (x, w_gate, w_up, *others)]
-        launch(programs, *addresses, *scalars, x_desc, w_desc, *constants)
+        x_desc, w_desc = x_like and x_like(x), w_like and w_like(w_up if up_first else w_gate)
+        if w_desc:
+            w_desc.strides = [abs(addresses[2] - addresses[1]) // w_up.element_size(), *w_desc.strides[1:]]
+        launch(tiles, *addresses, *scalars, x_desc, w_desc, *constants)
 
     return again
 
@@ -728,14 +711,14 @@ def _launch_hopper(row_major, x, w_gate, w_up, y, gate_up, *scales):
 
     descriptors = [describe(x, TILE_M.value, box_k)]
     descriptors += [describe(w, box_k, box) if row_major else describe(w.t(), box, box_k) for w in (w_gate, w_up)]
-    results = [y.view(M, 1, N)] if gate_up is None else [y.view(M, 1, N), gate_up.view(M, 2, N)]
-    descriptors += [describe(t, ROWS.value, 1, box) for t in results]
-    kept, scalars = [None] * (gate_up is None), (M, N, K, *strides, num_whole_n, row_major)
-    compiled = swiglu_kernel_hopper[grid](*descriptors, *kept, *scales, *scalars, **HOPPER_OPTIONS)
+    descriptors += [describe(t.view(M, -1, N), ROWS.value, 1, box) for t in (y, gate_up) if t is not None]
+    not_kept, scalars = [None] * (gate_up is None), (M, N, K, *strides, num_whole_n, row_major)
+    compiled = swiglu_kernel_hopper[grid](*descriptors, *not_kept, *scales, *scalars, **HOPPER_OPTIONS)
     launch, classes = _launcher(compiled, x.device.index), [_like(desc) for desc in descriptors]
 
     def again(*tensors):
-        launch(grid, *[of(t) for of, t in zip(classes, tensors, strict=False)], *kept, *tensors[5:], *scalars)
+        described = [like(t) for like, t in zip(classes, tensors, strict=False)]
+        launch(grid, *described, *not_kept, *tensors[5:], *scalars)
 
     return again
 
@@ -778,18 +761,17 @@ def swiglu_backward_kernel(dy_ptr, gate_up_ptr, d_ptr, N, BLOCK_N: tl.constexpr)
     tl.store(d_ptr + offs_up, dup.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-def _save_for_backward(ctx, inputs, output, overwrite=False, linear=False):
-    x, w_gate, w_up, keep, ctx.choice, *_, out_dtype = inputs
+def _save_for_backward(ctx, inputs, output, hooked=True):
+    x, w_gate, w_up, linear, keep, ctx.choice, *_, out_dtype = inputs
     if out_dtype is not None:  # fused_swiglu has refused this, an exported program has not
         raise NotImplementedError(NO_GRADIENT)
     ctx.mark_non_differentiable(*(output[1:] if keep else ()))
     ctx.set_materialize_grads(False)  # or autograd would make zeros for gate_up's gradient
-    ctx.overwrite, ctx.linear, k = overwrite, linear, int(linear)
+    ctx.hooked, ctx.linear, k = hooked, linear, int(linear)
     ctx.along_k = w_gate.stride(k) == w_up.stride(k) == 1
     needs_x, needs_gate, needs_up, *_ = ctx.needs_input_grad
-    weights = (w_gate, w_up) if needs_x or not keep else (None, None)
-    if linear:  # not the parameters themselves, of which autograd would hand out whatever .data they have by then
-        weights = [w if w is None else w.detach() for w in weights]
+    # With linear=True not the parameters themselves, of which autograd would hand out whatever .data they have by then
+    weights = (None, None) if keep and not needs_x else (w_gate.detach(), w_up.detach()) if linear else (w_gate, w_up)
     ctx.save_for_backward(x if needs_gate or needs_up or not keep else None, *weights, output[1] if keep else None)
 
 
@@ -798,19 +780,19 @@ def _backward(ctx, dy, *_):
     if torch.is_grad_enabled():  # with create_graph=True
         raise NotImplementedError("fused_swiglu can be differentiated once: its backward pass has no gradient")
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10  # swiglu_op's inputs
     x, w_gate, w_up, gate_up = ctx.saved_tensors
     # dgate and dup take the place of gate and up unless these may be wanted again.
-    overwrite = gate_up is None or (ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph())
+    overwrite = gate_up is None or not (ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph())
     ctx.maybe_clear_saved_tensors()  # not where the graph is retained
-    # Without saved-tensor hooks these are the forward pass's own tensors, at which it has looked.
-    others = () if ctx.overwrite else (x, w_gate, w_up, gate_up)
+    # Without saved-tensor hooks these are the forward pass's own tensors, which it has looked at.
+    others = (x, w_gate, w_up, gate_up) if ctx.hooked else ()
     dispatched = _needs_dispatcher(dy, *(t for t in others if t is not None))
     # With is_grads_batched=True, and for a dy that is a dual tensor
     dispatched |= torch._C._functorch.is_legacy_batchedtensor(dy) or torch.autograd.forward_ad._current_level >= 0
     if gate_up is None:
-        inputs, options = (x, *_transposed(w_gate, w_up, ctx.linear)), (True, ctx.choice, *NOT_FLOAT8)
-        gate_up = (swiglu_op(*inputs, *options) if dispatched else _forward(*inputs, False, *options))[1]
+        forward = swiglu_op if dispatched else _forward
+        gate_up = forward(x, w_gate, w_up, ctx.linear, True, ctx.choice, *NOT_FLOAT8)[1]
     gate_up, leading = gate_up.contiguous(), dy.shape[:-1]
     if len(leading) != 1:
         dy, x = (t if t is None else t.reshape(gate_up.shape[0], t.shape[-1]) for t in (dy, x))
@@ -824,8 +806,7 @@ def _backward(ctx, dy, *_):
         _differentiate_activation(dy.contiguous(), gate_up, d)
     del gate_up, others
 
-    def weight_gradient(d):
-        """Of the weights' shape, and in memory as both of them."""
+    def weight_gradient(d):  # of the weights' shape, and in memory as both of them
         dw = torch.mm(d.t(), x) if ctx.along_k else torch.mm(x.t(), d).t()
         return dw if ctx.linear else dw.t()
 
@@ -842,7 +823,7 @@ def _backward(ctx, dy, *_):
         else:
             dw_gate = weight_gradient(dgate) if needs_gate else None
             dw_up = weight_gradient(dup) if needs_up else None
-    return dx, dw_gate, dw_up, *(None,) * 6
+    return dx, dw_gate, dw_up, *(None,) * 7
 
 
 def _differentiate_activation(dy, gate_up, d):
@@ -851,9 +832,8 @@ def _differentiate_activation(dy, gate_up, d):
     grid = (M * -(-N // BLOCK_N), 1, 1)  # triton.cdiv takes 5 us
     arguments = dy, gate_up, d, N, BLOCK_N
     key = dy.dtype, gate_up.dtype, dy.device, N, dy.data_ptr() % 16, gate_up.data_ptr() % 16, d.data_ptr() % 16
-    launch = _launchers.get(key)
-    if launch is not None:
-        launch(grid, *arguments)
+    if again := _launchers.get(key):
+        again(grid, *arguments)
     elif d.numel():
         with torch.cuda.device_of(dy):
             compiled = _first_launch(functools.partial(swiglu_backward_kernel[grid], **FP_FUSION), *arguments)
@@ -872,39 +852,41 @@ class EagerSwiGLU(torch.autograd.Function):
     """For eager autograd, without the operator's layers, of which each takes host time."""
 
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, cast, linear, how):  # cast: all three as autocast wants them
-        output = _forward(*cast, linear, *how)
+    def forward(ctx, x, w_gate, w_up, inputs):  # of swiglu_op, with all three as autocast wants them
+        output = _forward(*inputs)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # which may hold what is saved
-        _save_for_backward(ctx, (*cast, *how), output, overwrite=hooks is None, linear=linear)
+        _save_for_backward(ctx, inputs, output, hooked=hooks is not None)
         return output[0]
 
     backward = staticmethod(_backward)
     jvp = staticmethod(_refuse_forward_mode)
 
 
-def _swiglu(
-    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, keep: bool, choice: str, x_scale: torch.Tensor | None,
-    gate_scale: torch.Tensor | None, up_scale: torch.Tensor | None, out_dtype: torch.dtype | None,
+# Named after the module, as two copies of this file want two operators, in the characters that PyTorch takes
+NAME = re.sub(r"\W|^(?=\d)", "_", __name__, flags=re.ASCII) + "::swiglu"
+
+
+@torch.library.custom_op(NAME, mutates_args=())
+def swiglu_op(
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, linear: bool, keep: bool, choice: str,
+    x_scale: torch.Tensor | None, gate_scale: torch.Tensor | None, up_scale: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _refuse_forward_mode()  # PyTorch would take it for zero. Whether any is wanted cannot be seen here
-    y, gate_up = _forward(x, w_gate, w_up, False, keep, choice, x_scale, gate_scale, up_scale, out_dtype)
-    return y, x.new_empty((0, 2 * w_gate.shape[1])) if gate_up is None else gate_up  # operators return tensors only
-
-
-# Named after the module, in letters, digits and underscores as PyTorch wants it
-NAME = re.sub(r"\W|^(?=\d)", "_", __name__, flags=re.ASCII) + "::swiglu"
-swiglu_op = torch.library.custom_op(NAME, _swiglu, mutates_args=())
-torch.library.impl(NAME, ("cpu", "cuda"), _swiglu)  # without custom_op's checks, of 23 in 47 us a call (on a CPU)
+    y, gate_up = _forward(x, w_gate, w_up, linear, keep, choice, x_scale, gate_scale, up_scale, out_dtype)
+    return y, x.new_empty((0, 2 * y.shape[-1])) if gate_up is None else gate_up  # operators return tensors only
 
 
 @swiglu_op.register_fake
-def _(x, w_gate, w_up, keep, choice, x_scale, gate_scale, up_scale, out_dtype):
-    rows, N = x.shape[:-1], w_gate.shape[1]
+def _(x, w_gate, w_up, linear, keep, choice, x_scale, gate_scale, up_scale, out_dtype):
+    rows, N = x.shape[:-1], w_gate.shape[0 if linear else 1]
     return x.new_empty((*rows, N), dtype=out_dtype), x.new_empty((math.prod(rows) if keep else 0, 2 * N))
 
 
 swiglu_op.register_autograd(_backward, setup_context=_save_for_backward)
-register_flop_formula(swiglu_op._opoverload.overloadpacket)(lambda x, w, *_, **__: 4 * math.prod(x) * w[1])  # of shapes
+register_flop_formula(swiglu_op._opoverload.overloadpacket)(  # of shapes
+    lambda x, *_, out_shape, **__: 4 * x[-1] * math.prod(out_shape[0])
+)
 
 
 @swiglu_op.register_vmap
@@ -918,7 +900,8 @@ def _autocast(t, dtype, dispatched):
     if dispatched or t.dtype == dtype:
         return t.to(dtype)
     parameter = t if t._base is None else t._base  # of weight.t(), behind which autocast does not look
-    if parameter.is_leaf and (t is parameter or (parameter.dim() == 2 and t.is_set_to(parameter.t()))):
+    kept = parameter.is_leaf and parameter.requires_grad  # by autocast
+    if kept and (t is parameter or (parameter.dim() == 2 and t.is_set_to(parameter.t()))):
         cast = torch.einsum("...->...", parameter)
         t = cast if t is parameter else cast.t()
     return t.detach().to(dtype)
@@ -931,7 +914,7 @@ def fused_swiglu(
 
     Args:
         x: (..., K), bfloat16, float16, float32 or float8_e4m3fn, copied only where leading dimensions do not collapse.
-        w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides; float8: those of `weight.t()`.
+        w_gate, w_up: (K, N), of x's dtype and device, never copied. Any strides, in float8 1 along K.
         linear: the weights are (N, K) instead, as nn.Linear has them, which takes the host less time than `weight.t()`.
         scales: in float8, (x_scale, gate_scale, up_scale) of float32, by which x @ w_gate and x @ w_up are multiplied.
             Each is one number, or (..., 1) for x and (N,) or (1, N) for a weight. None: ones.
@@ -960,7 +943,7 @@ def fused_swiglu(
         raise ValueError("scales must be three tensors: of x, w_gate and w_up")
     linear, scales, of_float8 = bool(linear), scales or (), NOT_FLOAT8
     dispatched = _needs_dispatcher(x, w_gate, w_up, *scales)
-    if dispatched:
+    if dispatched:  # so it is for what is no tensor, too
         for name, t in zip(ARGUMENTS, (x, w_gate, w_up, *scales), strict=False):
             if not isinstance(t, torch.Tensor):
                 raise TypeError(f"{name} is a {type(t).__name__}: expected a torch.Tensor")
@@ -973,16 +956,15 @@ def fused_swiglu(
         of_float8 = *(scales or NOT_FLOAT8[:3]), out_dtype or torch.bfloat16
     elif scales or out_dtype is not None:
         raise ValueError(f"scales or out_dtype were given, but x is {x.dtype}: they are for {FLOAT8}")
-    device, cast = "cuda" if x.is_cuda else x.device.type, (x, w_gate, w_up)  # is_cuda takes a tenth of it
+    device, cast = "cuda" if x.is_cuda else x.device.type, (x, w_gate, w_up)  # is_cuda: a tenth of .type's time
     if x.dtype != FLOAT8 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         cast = tuple(_autocast(t, torch.get_autocast_dtype(device), dispatched) for t in cast)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_gate.requires_grad or w_up.requires_grad)
     # An exported program mostly serves inference, though its weights require grad (is_exporting() holds in compile too)
     keep = needs_grad and not (recompute or torch.compiler._is_exporting_flag or torch.jit.is_tracing())
     choice = ONE_FOR_ALL_M if batch_invariant else TUNED if autotune else DEFAULT
-    if not dispatched and (needs_grad or torch.autograd.forward_ad._current_level >= 0):  # float8 has been refused then
-        return EagerSwiGLU.apply(x, w_gate, w_up, cast, linear, (keep, choice, *of_float8))
     if dispatched:
         _check(*cast, linear, *of_float8)
-        return swiglu_op(cast[0], *_transposed(*cast[1:], linear), keep, choice, *of_float8)[0]
-    return _forward(*cast, linear, False, choice, *of_float8)[0]
+    elif needs_grad or torch.autograd.forward_ad._current_level >= 0:  # float8 has been refused then
+        return EagerSwiGLU.apply(x, w_gate, w_up, (*cast, linear, keep, choice, *of_float8))
+    return (swiglu_op if dispatched else _forward)(*cast, linear, keep, choice, *of_float8)[0]

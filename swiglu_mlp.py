@@ -49,7 +49,8 @@ class SwiGLUMLP(torch.nn.Module):
     def forward(self, x):
         packed = "gate_up_proj" in self._modules  # instead of the two, where replace_mlps found it
         names = PACKED_PROJECTIONS if packed else PROJECTIONS
-        *layers, down_proj = [self._modules.get(name) or getattr(self, name) for name in names]  # quickly, if a module
+        # Past nn.Module.__getattr__, but for a function in the place of a layer
+        *layers, down_proj = [self._modules.get(name) or getattr(self, name) for name in names]
         weights = _only_weights(layers)
         if weights is None:
             gate, up = layers[0](x).chunk(2, dim=-1) if packed else (layer(x) for layer in layers)
@@ -66,7 +67,7 @@ def _only_weights(layers):
         return None
     weights = []
     for layer in layers:
-        # Where nn.Module keeps them: each name that it has to find for layer.name takes as long as all the rest here.
+        # Read where nn.Module keeps them: layer.weight calls its __getattr__, which takes as long as all the rest here.
         if type(layer) is not torch.nn.Linear or layer._parameters.get("bias", layer) is not None:
             return None
         if "forward" in layer.__dict__:

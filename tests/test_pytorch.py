@@ -22,7 +22,7 @@ BACKEND = "inductor" if GPU else "aot_eager"  # the first wants a compiler for t
 def test_opcheck(shape, keep, layout):
     _, w_gate, w_up = leaves_of(1, 16, 24, layout=layout)
     torch.library.opcheck(
-        fts.swiglu_op, (randn(*shape).requires_grad_(), w_gate, w_up, keep, fts.TUNED, *fts.NOT_FLOAT8)
+        fts.swiglu_op, (randn(*shape).requires_grad_(), w_gate, w_up, False, keep, fts.TUNED, *fts.NOT_FLOAT8)
     )
 
 
@@ -83,7 +83,7 @@ def test_export(strict):
     x = randn(70, 16)
     assert torch.equal(exported.module()(x), layer(x))
     (call,) = (node for node in exported.graph.nodes if "swiglu" in str(node.target))
-    assert call.args[3] is False  # an exported model keeps no gate and up
+    assert call.args[4] is False  # an exported model keeps no gate and up
 
 
 def test_transforms_are_refused():
